@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `tandem` command: serve, stop, generate, chat, status."""

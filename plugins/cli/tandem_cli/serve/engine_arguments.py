@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine arguments on the command line of `tandem serve`: `--max-model-len 2048` becomes `max_model_len: 2048` in model.json."""
+
+import ast
+import difflib
+import functools
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem_protocol.errors import ConfigError
+
+_ARGUMENT_CLASSES = frozenset({"EngineArgs", "AsyncEngineArgs"})
+
+
+def parse_engine_arguments(tokens: Sequence[str]) -> dict[str, Any]:
+    """Parses what `tandem serve` itself doesn't know. Raises ConfigError for what vLLM doesn't know either."""
+    arguments: dict[str, Any] = {}
+    rest = list(tokens)
+    while rest:
+        name, value, rest = _take(rest)
+        arguments[name] = value
+    for name in arguments:
+        _check_known(name)
+    return arguments
+
+
+def _take(tokens: list[str]) -> tuple[str, Any, list[str]]:
+    """The first argument with its value: `--name value`, `--name=value`, or a bare `--name` and `--no-name`."""
+    head, rest = tokens[0], tokens[1:]
+    if not head.startswith("--"):
+        raise ConfigError(f"unexpected argument {head!r}: engine arguments are written --name value")
+    name, equals, value = head[2:].partition("=")
+    name = name.replace("-", "_")
+    if equals:
+        return name, _value(value), rest
+    if rest and not rest[0].startswith("--"):
+        return name, _value(rest[0]), rest[1:]
+    if name.startswith("no_"):
+        return name[3:], False, rest
+    return name, True, rest
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON (numbers, booleans, nested configuration), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _check_known(name: str) -> None:
+    known = known_engine_arguments()
+    if known and name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "see vLLM's engine arguments"
+        raise ConfigError(f"unknown argument --{name.replace('_', '-')}: {hint}")
+
+
+@functools.cache
+def known_engine_arguments() -> frozenset[str]:
+    """The fields of vLLM's AsyncEngineArgs, read off its source: importing vLLM takes seconds. Empty without vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in _ARGUMENT_CLASSES]
+    return frozenset(
+        item.target.id for cls in classes for item in cls.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )

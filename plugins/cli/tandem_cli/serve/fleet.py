@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models one server runs: names, roles, cores and GPUs. Pure: options and hardware in, a plan out."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from tandem_protocol.errors import ConfigError
+from tandem_protocol.roles import Role
+
+MEMORY_SHARE = 0.9
+"""vLLM's own default share of a GPU, divided among the engines that live on it."""
+
+
+class Mode(StrEnum):
+    """What a server serves."""
+
+    AGG = "agg"
+    DISAGG = "disagg"
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What engines are placed on."""
+
+    cores: tuple[int, ...]
+    gpus: int
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One engine: a Triton model of its own."""
+
+    name: str
+    role: Role
+    index: int
+    cores: str = ""
+    gpus: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EnsemblePlan:
+    """An ensemble that chains one prefill and one decode worker."""
+
+    name: str
+    prefill: str
+    decode: str
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All models of one server."""
+
+    workers: tuple[WorkerPlan, ...]
+    ensembles: tuple[EnsemblePlan, ...]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every model that must answer."""
+        return (*(worker.name for worker in self.workers), *(ensemble.name for ensemble in self.ensembles))
+
+
+def plan_fleet(mode: Mode, prefill: int, decode: int, only: Role | None, hardware: Hardware, arguments: dict[str, Any]) -> Fleet:
+    """Plans a server. `only` is a role that this host serves alone, for prefill and decode on different hosts."""
+    if min(prefill, decode) < 1:
+        raise ConfigError("--prefill and --decode must be at least 1")
+    roles = _roles(mode, prefill, decode, only)
+    workers = _place([WorkerPlan(name, role, index) for index, (name, role) in enumerate(roles, start=_first_index(roles))],
+                     hardware, arguments)
+    return Fleet(workers, _ensembles(workers))
+
+
+def _first_index(roles: list[tuple[str, Role]]) -> int:
+    """Index 0 belongs to the aggregated worker, so that admin ports don't move with the mode."""
+    return 0 if any(role is Role.AGGREGATED for _, role in roles) else 1
+
+
+def _roles(mode: Mode, prefill: int, decode: int, only: Role | None) -> list[tuple[str, Role]]:
+    aggregated = [("vllm", Role.AGGREGATED)] if only is None and mode is not Mode.DISAGG else []
+    prefills = [(_numbered("prefill", i), Role.PREFILL) for i in range(prefill)] if _wants(Role.PREFILL, mode, only) else []
+    decodes = [(_numbered("decode", i), Role.DECODE) for i in range(decode)] if _wants(Role.DECODE, mode, only) else []
+    return [*aggregated, *prefills, *decodes]
+
+
+def _wants(role: Role, mode: Mode, only: Role | None) -> bool:
+    return only is role if only is not None else mode is not Mode.AGG
+
+
+def _numbered(name: str, i: int) -> str:
+    return name if i == 0 else f"{name}_{i}"
+
+
+def _ensembles(workers: tuple[WorkerPlan, ...]) -> tuple[EnsemblePlan, ...]:
+    """One ensemble per pair; the shorter side is used again, since ensembles are static. The router does better."""
+    prefills = [worker.name for worker in workers if worker.role is Role.PREFILL]
+    decodes = [worker.name for worker in workers if worker.role is Role.DECODE]
+    if not prefills or not decodes:
+        return ()
+    pairs = max(len(prefills), len(decodes))
+    return tuple(EnsemblePlan(_numbered("disagg", i), prefills[i % len(prefills)], decodes[i % len(decodes)]) for i in range(pairs))
+
+
+def _place(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str, Any]) -> tuple[WorkerPlan, ...]:
+    # Prefill and decode work at the same time, so they are placed first and the aggregated worker shares.
+    order = sorted(workers, key=lambda worker: worker.role is Role.AGGREGATED)
+    placed = _on_gpus(order, hardware.gpus, arguments) if hardware.gpus else _on_cores(order, hardware.cores, arguments)
+    return tuple(sorted(placed, key=lambda worker: worker.index))
+
+
+def _on_cores(workers: list[WorkerPlan], cores: tuple[int, ...], arguments: dict[str, Any]) -> list[WorkerPlan]:
+    """Equal shares of the cores; with fewer cores than engines, one core each in turn.
+
+    Never overlapping shares of several cores: OpenMP threads of two engines spin on each other's barriers there.
+    Without compilation by default: it triples the start of a CPU engine for some 10-30 % of speed.
+    """
+    share = max(1, len(cores) // len(workers))
+    own_arguments = {"enforce_eager": True, **arguments}
+    placed = []
+    for i, worker in enumerate(workers):
+        own = [cores[(i * share + k) % len(cores)] for k in range(share)]
+        placed.append(WorkerPlan(worker.name, worker.role, worker.index, cores=",".join(map(str, own)), arguments=dict(own_arguments)))
+    return placed
+
+
+def _on_gpus(workers: list[WorkerPlan], gpus: int, arguments: dict[str, Any]) -> list[WorkerPlan]:
+    """`tensor_parallel_size` GPUs per engine, in turn; engines that meet on a GPU share its memory."""
+    per_engine = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
+    if per_engine > gpus:
+        raise ConfigError(f"one engine needs {per_engine} GPUs, this host has {gpus}: lower --tensor-parallel-size")
+    slots = gpus // per_engine
+    sharing = -(-len(workers) // slots)
+    placed = []
+    for i, worker in enumerate(workers):
+        first = (i % slots) * per_engine
+        own = {"gpu_memory_utilization": round(MEMORY_SHARE / sharing, 3), **arguments} if sharing > 1 else dict(arguments)
+        placed.append(WorkerPlan(worker.name, worker.role, worker.index, gpus=",".join(str(first + k) for k in range(per_engine)),
+                                 arguments=own))
+    return placed

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of `tandem serve`; what is not here is an engine argument of vLLM.
+
+Worker settings become flags by their own declaration (`tandem_worker.config`), and reach the workers as environment
+variables: a flag wins over the environment, which wins over config.pbtxt.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from tandem_cli.serve.engine_arguments import parse_engine_arguments
+from tandem_cli.serve.fleet import Mode
+from tandem_protocol.errors import ConfigError
+from tandem_protocol.roles import Role
+from tandem_protocol.settings import parse_bool, parse_value, specs_of
+from tandem_worker.config import WorkerSettings
+
+START_TIMEOUT_S = 900
+KV_SPACE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+KV_SPACE_GIB = 1
+"""KV space of a CPU engine unless set: vLLM's own default takes half of the memory, which two engines can't both do."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What was asked for, checked as far as that goes without looking at the machine."""
+
+    model: str | None
+    mode: Mode
+    only: Role | None
+    prefill: int
+    decode: int
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    detach: bool
+    start_timeout_s: int
+    environment: dict[str, str]
+    """Worker settings given as flags, as environment variables."""
+    engine_arguments: dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--model", help="model folder or hub id (default: TANDEM_MODEL, else the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--mode", choices=[mode.value for mode in Mode],
+                        help="agg: model vllm; disagg: prefill, decode and the ensemble disagg; both (default): all of them")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (default 1)")
+    parser.add_argument("--http-port", type=int, default=8000, help="default 8000")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="default 8001")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="default 8002")
+    parser.add_argument("--detach", action="store_true", help="return when ready instead of following the log")
+    parser.add_argument("--start-timeout", type=int, default=START_TIMEOUT_S, metavar="S",
+                        help=f"seconds to wait (default {START_TIMEOUT_S})")
+    workers = parser.add_argument_group("worker settings", "for every worker of this server; see docs/configuration.md")
+    for name, spec in specs_of(WorkerSettings).items():
+        if spec.flag:
+            _add_setting(workers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
+    parser.epilog = "Everything else is an engine argument of vLLM, e.g. --max-model-len 2048 --enforce-eager."
+
+
+def _add_setting(group: Any, name: str, is_bool: bool, text: str) -> None:
+    flag, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
+    if is_bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif name == "connector":
+        group.add_argument(flag, nargs="+", help=text)
+    else:
+        group.add_argument(flag, help=text)
+
+
+def parse_options(args: argparse.Namespace) -> ServeOptions:
+    """Checks options and settings. Raises ConfigError."""
+    environment = _environment(args)
+    only = _only(environment)
+    if only is not None and args.mode is not None:
+        raise ConfigError(f"--is-{only}-worker serves one role alone, so it can't be combined with --mode {args.mode}: drop one of them")
+    return ServeOptions(
+        model=args.model or os.environ.get("TANDEM_MODEL") or None,
+        mode=Mode(args.mode or Mode.BOTH),
+        only=only,
+        prefill=args.prefill,
+        decode=args.decode,
+        http_port=args.http_port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        detach=args.detach,
+        start_timeout_s=args.start_timeout,
+        environment=environment,
+        engine_arguments=parse_engine_arguments(args.passthrough),
+    )
+
+
+def _environment(args: argparse.Namespace) -> dict[str, str]:
+    environment = {}
+    for name, spec in specs_of(WorkerSettings).items():
+        value = getattr(args, name, None) if spec.flag else None
+        if value is not None:
+            text = " ".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
+            parse_value(spec, f"--{name.replace('_', '-')}", text)
+            environment[spec.env] = text
+    return environment
+
+
+def _only(flags: dict[str, str]) -> Role | None:
+    """The one role to serve, from flags or environment."""
+    variables = {"DYN_VLLM_IS_PREFILL_WORKER": Role.PREFILL, "DYN_VLLM_IS_DECODE_WORKER": Role.DECODE}
+    wanted = [role for name, role in variables.items() if parse_bool(flags.get(name) or os.environ.get(name) or "false")]
+    if len(wanted) > 1:
+        raise ConfigError("--is-prefill-worker and --is-decode-worker exclude each other: set one of them")
+    return wanted[0] if wanted else None

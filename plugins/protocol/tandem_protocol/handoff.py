@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The handoff from a prefill to a decode worker: the connector's own dict, as JSON, passed on verbatim.
+
+Its fields belong to the connector (for NIXL: remote engine, host, port, block ids per KV-cache group) and may change
+with every vLLM release, so Tandem reads none of them but the two that say which leg a request is.
+"""
+
+import json
+from typing import Any
+
+from tandem_protocol.errors import RequestError
+
+PREFILL_REQUEST: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+"""What a prefill worker asks its connector for: compute, keep the blocks, and answer with the handoff."""
+
+
+def encode(params: dict[str, Any]) -> bytes:
+    """The handoff as it travels in the tensor `kv_transfer_params`."""
+    return json.dumps(params, separators=(",", ":")).encode()
+
+
+def decode(raw: bytes) -> dict[str, Any]:
+    """Parses the tensor; raises RequestError for anything that is not a prefill worker's answer."""
+    try:
+        params = json.loads(raw)
+    except ValueError as exc:
+        raise RequestError(f"kv_transfer_params is not JSON ({exc}): pass the prefill model's output on as it is") from exc
+    if not isinstance(params, dict) or params.get("do_remote_prefill") is not True:
+        raise RequestError("kv_transfer_params is not a prefill answer: pass the prefill model's output on as it is")
+    return params

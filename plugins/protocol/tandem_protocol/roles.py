@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roles a worker can have."""
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a worker does with a request."""
+
+    AGGREGATED = "aggregated"
+    """Prefill and decode in one engine."""
+    PREFILL = "prefill"
+    """Computes the KV blocks of a prompt and hands them off; generates no text."""
+    DECODE = "decode"
+    """Pulls the KV blocks of a prompt and generates; without a handoff it serves like an aggregated worker."""
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether the role takes part in a handoff, so that it needs a connector that moves KV between engines."""
+        return self is not Role.AGGREGATED

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admin server of one worker: `/live`, `/health`, `/metrics`, `POST /engine/abort`, `POST /engine/drain`.
+
+It runs on the engine's event loop and listens on loopback by default: whoever reaches it can drain the worker.
+"""
+
+import asyncio
+import json
+import socket
+from typing import Any, Protocol
+
+from aiohttp import web
+from prometheus_client import REGISTRY, generate_latest
+
+from tandem_protocol.errors import ConfigError
+from tandem_worker.status import WorkerState, WorkerStatus
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_BODY = 64 * 1024
+_STOP_TIMEOUT_S = 2.0
+_NOT_LIVE = frozenset({WorkerState.DEAD, WorkerState.STOPPED})
+
+
+class Host(Protocol):
+    """What the admin server needs of the engine host."""
+
+    def status(self) -> WorkerStatus:
+        """A snapshot."""
+
+    async def abort(self, request_id: str) -> int:
+        """Aborts by client request id; returns how many were in flight."""
+
+    async def drain(self, timeout_s: float) -> int:
+        """Stops taking requests; returns how many had to be aborted."""
+
+
+class AdminServer:
+    """Serves the admin routes of one worker."""
+
+    def __init__(self, host: Host, model_name: str, drain_timeout_s: float) -> None:
+        self._host = host
+        self._model_name = model_name
+        self._drain_timeout_s = drain_timeout_s
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, address: str, port: int) -> int:
+        """Listens; returns the port, which differs from `port` only for 0. Raises ConfigError when it is taken."""
+        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=_STOP_TIMEOUT_S)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, address, port)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigError(f"admin port {address}:{port} can't be opened ({exc.strerror}): set DYN_SYSTEM_PORT to a free one") from exc
+        sockets: list[socket.socket] = site._server.sockets  # type: ignore[union-attr]  # noqa: SLF001 - no public way to the port
+        return int(sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Closes the server."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _application(self) -> web.Application:
+        app = web.Application(client_max_size=_MAX_BODY)
+        app.add_routes([
+            web.get("/live", self._live),
+            web.get("/health", self._health),
+            web.get("/metrics", self._metrics),
+            web.post("/engine/abort", self._abort),
+            web.post("/engine/drain", self._drain),
+        ])
+        return app
+
+    async def _live(self, _: web.Request) -> web.Response:
+        state = self._host.status().state
+        return web.json_response({"status": state}, status=503 if state in _NOT_LIVE else 200)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        status = self._host.status()
+        return web.json_response(status.as_json(self._model_name), status=200 if status.state is WorkerState.READY else 503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        body = await asyncio.to_thread(generate_latest, REGISTRY)
+        return web.Response(body=body, headers={"Content-Type": _METRICS_TYPE})
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        body = await _json_object(request)
+        request_id = body.get("request_id")
+        if not isinstance(request_id, str) or not request_id:
+            raise _bad_request('send {"request_id": "..."}, the id that the client gave its request')
+        return web.json_response({"aborted": await self._host.abort(request_id)})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        body = await _json_object(request)
+        timeout_s = body.get("timeout_s", self._drain_timeout_s)
+        if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 <= timeout_s <= 86_400:
+            raise _bad_request("timeout_s must be a number of seconds from 0 to 86400")
+        return web.json_response({"aborted": await self._host.drain(float(timeout_s))})
+
+
+async def _json_object(request: web.Request) -> dict[str, Any]:
+    if not await request.read():
+        return {}
+    try:
+        body = await request.json()
+    except ValueError as exc:
+        raise _bad_request(f"the body is not JSON: {exc}") from exc
+    if not isinstance(body, dict):
+        raise _bad_request("the body must be a JSON object")
+    return body
+
+
+def _bad_request(message: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's settings, from the environment and the model's config parameters.
+
+This is the one module of the worker that reads the environment. Engine arguments are not here: they stand in
+`model.json`, as in Triton's vllm_backend, and `arguments.py` completes and checks them.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from tandem_protocol.errors import ConfigError
+from tandem_protocol.roles import Role
+from tandem_protocol.settings import parse_bool, parse_float, parse_int, parse_words, resolve, setting
+
+TRITON_PARAMETERS = frozenset({"FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"})
+"""Parameters that belong to Triton's Python backend."""
+IGNORED_PARAMETERS = frozenset({"REPORT_CUSTOM_METRICS", "ENABLE_VLLM_HEALTH_CHECK"})
+"""Parameters of Triton's vllm_backend that a drop-in replacement accepts; metrics and health are always on here."""
+
+REGISTERED_PORTS = (1024, 49151)
+HIGHEST_PORT = 65535
+
+
+def _port_or_off(text: str) -> int:
+    port = int(text)
+    if port != -1 and not 0 <= port <= HIGHEST_PORT:
+        raise ValueError("expected a port, 0 for any free one, or -1 for none")
+    return port
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Settings of one worker, resolved; units are in the names or in the specs."""
+
+    role: Role | None = setting(  # noqa: RUF009 - makes a dataclass field, like dataclasses.field itself
+        env="TANDEM_ROLE", default=None, parse=Role, flag=False,
+        help="aggregated, prefill or decode; set by the model's config.pbtxt, since one server may hold all three.",
+    )
+    is_prefill_worker: bool = setting(
+        env="DYN_VLLM_IS_PREFILL_WORKER", default=False, parse=parse_bool, help="Serve as a prefill worker, whatever `role` says."
+    )
+    is_decode_worker: bool = setting(
+        env="DYN_VLLM_IS_DECODE_WORKER", default=False, parse=parse_bool, help="Serve as a decode worker, whatever `role` says."
+    )
+    model: str = setting(
+        env="TANDEM_MODEL", default="", parse=str, flag=False,
+        help="Model folder or hub id; wins over `model` in model.json so that one repository serves any model.",
+    )
+    connector: tuple[str, ...] | None = setting(
+        env="DYN_CONNECTOR", default=None, parse=parse_words,
+        help="KV connectors in order: nixl, lmcache, kvbm, or null/none alone. Unset: nixl for prefill and decode, none for aggregated.",
+    )
+    use_vllm_tokenizer: bool = setting(
+        env="DYN_VLLM_USE_TOKENIZER", default=True, parse=parse_bool,
+        help="Text in and out by vLLM's tokenizer. Off: token ids only, which saves the worker's CPU behind a tokenizing front end.",
+    )
+    worker_index: int = setting(
+        env="TANDEM_WORKER_INDEX", default=0, parse=parse_int(0, 999), flag=False,
+        help="This worker's number on its host; admin, KV-event and side-channel ports are offset by it so that workers never collide.",
+    )
+    gpus: str = setting(
+        env="TANDEM_GPUS", default="", parse=str, flag=False,
+        help="CUDA_VISIBLE_DEVICES of this worker, e.g. `0,1`; empty leaves the server's own. One model per engine makes this explicit.",
+    )
+    cpu_cores: str = setting(
+        env="TANDEM_CPU_CORES", default="", parse=str, flag=False,
+        help="Cores of a CPU engine (VLLM_CPU_OMP_THREADS_BIND), e.g. `0` or `0-3`; empty lets vLLM choose.",
+    )
+    kv_event_port: int = setting(
+        env="DYN_VLLM_KV_EVENT_PORT", default=20080, parse=parse_int(*REGISTERED_PORTS), unit="port",
+        help="First ZMQ port of KV events, plus worker index and data-parallel rank. Registered ports only: ephemeral ones get taken.",
+    )
+    side_channel_port: int = setting(
+        env="VLLM_NIXL_SIDE_CHANNEL_PORT", default=5600, parse=parse_int(*REGISTERED_PORTS), unit="port",
+        help="First port of NIXL's handshake (vLLM's own variable), plus worker index and data-parallel rank.",
+    )
+    side_channel_host: str = setting(
+        env="VLLM_NIXL_SIDE_CHANNEL_HOST", default="", parse=str,
+        help="Address on which peers reach this worker's NIXL handshake. Empty: this host's address if it can be bound, else loopback.",
+    )
+    admin_host: str = setting(
+        env="DYN_SYSTEM_HOST", default="127.0.0.1", parse=str,
+        help="Address of the admin server. Loopback: it can drain and abort, so it is not for the outside.",
+    )
+    admin_port: int = setting(
+        env="DYN_SYSTEM_PORT", default=8081, parse=_port_or_off, unit="port", help="First admin port, plus worker index; -1 for none."
+    )
+    response_rate: int = setting(
+        env="TANDEM_RESPONSE_RATE", default=1500, parse=parse_int(1, 1_000_000), unit="responses/s",
+        help="Above this many streamed tokens per second, tokens of one request share a response: each costs the Python stub 0.1-0.35 ms.",
+    )
+    drain_timeout_s: float = setting(
+        env="TANDEM_DRAIN_TIMEOUT_S", default=20.0, parse=parse_float(0, 86_400), unit="s",
+        help="On shutdown, how long requests in flight may finish before they are aborted; below Triton's exit timeout of 30 s.",
+    )
+    server_exit_timeout_s: float = setting(
+        env="TANDEM_SERVER_EXIT_TIMEOUT_S", default=30.0, parse=parse_float(1, 86_400), unit="s",
+        help="After an engine or stub died, how long tritonserver may take to exit before it is killed, so that a supervisor restarts it.",
+    )
+    max_queued_requests: int = setting(
+        env="TANDEM_MAX_QUEUED_REQUESTS", default=4096, parse=parse_int(1, 1_000_000), unit="requests",
+        help="Requests in flight in one worker beyond which new ones get UNAVAILABLE: a bound on memory, far above any useful batch.",
+    )
+    cancel_poll_s: float = setting(
+        env="TANDEM_CANCEL_POLL_S", default=0.25, parse=parse_float(0.01, 10), unit="s",
+        help="How often a request asks Triton whether its client went away; a poll costs about 0.1 ms, and 0.25 s keeps the 1 s promise.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.is_prefill_worker and self.is_decode_worker:
+            raise ConfigError("--is-prefill-worker and --is-decode-worker exclude each other: set one of them")
+        if self.effective_admin_port > HIGHEST_PORT:
+            raise ConfigError(f"admin port {self.effective_admin_port} is beyond {HIGHEST_PORT}: lower DYN_SYSTEM_PORT")
+
+    @property
+    def effective_role(self) -> Role:
+        """The role, after the two flags that override it."""
+        if self.is_prefill_worker:
+            return Role.PREFILL
+        if self.is_decode_worker:
+            return Role.DECODE
+        return self.role or Role.AGGREGATED
+
+    @property
+    def effective_admin_port(self) -> int:
+        """The admin port of this worker; 0 (any) and -1 (none) are not offset."""
+        return self.admin_port + self.worker_index if self.admin_port > 0 else self.admin_port
+
+    @property
+    def effective_connectors(self) -> tuple[str, ...]:
+        """The connectors, after the role's default."""
+        if self.connector is not None:
+            return self.connector
+        return ("nixl",) if self.effective_role.is_disaggregated else ("none",)
+
+
+def load_settings(parameters: Mapping[str, str], environ: Mapping[str, str] | None = None) -> WorkerSettings:
+    """Resolves a worker's settings from its config.pbtxt parameters (name -> string) and the environment."""
+    own = {name: value for name, value in parameters.items() if name not in TRITON_PARAMETERS | IGNORED_PARAMETERS}
+    return resolve(WorkerSettings, own, os.environ if environ is None else environ)
+
+
+def setting_names() -> tuple[str, ...]:
+    """Names of all settings, in order."""
+    return tuple(field.name for field in fields(WorkerSettings))

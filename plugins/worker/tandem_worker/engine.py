@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds vLLM's AsyncLLM from completed engine arguments. Edge module: imports vLLM, which takes seconds."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm import AsyncEngineArgs
+from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from tandem_protocol.errors import ConfigError
+from tandem_worker.arguments import EngineArguments, Platform
+from tandem_worker.load import EngineLoad
+
+
+def detect_platform() -> Platform:
+    """The platform as vLLM sees it, with the engine arguments that this vLLM knows."""
+    known = frozenset(field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init)
+    return Platform(is_cpu=current_platform.is_cpu(), known_arguments=known)
+
+
+def build_engine(arguments: EngineArguments, load: EngineLoad) -> AsyncLLM:
+    """Starts an engine; blocks for as long as that takes. Raises ConfigError for arguments that vLLM refuses."""
+    try:
+        engine_args = AsyncEngineArgs(**_typed(arguments))
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except (ValueError, TypeError, OSError, RuntimeError) as exc:
+        raise ConfigError(f"vLLM refuses the engine arguments: {_first_line(exc)}") from exc
+    return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)],
+                                     enable_log_requests=False, disable_log_stats=False)
+
+
+def _typed(arguments: EngineArguments) -> dict[str, Any]:
+    """model.json holds plain JSON; vLLM wants its own classes for nested configuration."""
+    typed = dict(arguments)
+    for name, cls in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
+        if isinstance(typed.get(name), dict):
+            typed[name] = cls(**typed[name])
+    return typed
+
+
+def _first_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(exc).__name__
+
+
+def _load_logger(load: EngineLoad) -> Any:
+    class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are Any here
+        """Feeds EngineLoad; vLLM builds one per engine."""
+
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            del vllm_config, engine_index
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
+            del mm_cache_stats, engine_idx
+            load.record(scheduler_stats, iteration_stats.num_generation_tokens if iteration_stats else 0)
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say: the worker reports readiness itself."""
+
+    return LoadLogger
+
+
+def load_adapters(model_dir: Path) -> dict[str, LoRARequest]:
+    """The adapters of `multi_lora.json` (name -> path), as in Triton's vllm_backend; empty without the file."""
+    path = model_dir / "multi_lora.json"
+    if not path.exists():
+        return {}
+    try:
+        adapters = json.loads(path.read_text())
+        return {str(name): LoRARequest(str(name), index, str(source)) for index, (name, source) in enumerate(adapters.items(), start=1)}
+    except (ValueError, AttributeError) as exc:
+        raise ConfigError(f"{path.name} must be a JSON object of adapter name to path: {exc}") from exc

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one request on the engine, in the worker's role. Edge module: calls vLLM; runs on the event loop.
+
+What holds for every request, whatever happens to it:
+- its stream ends exactly once, with a final response or with one error, after the tokens before it;
+- the engine keeps nothing of it: a request that was accepted is finished or aborted, and a handoff that was never
+  accepted is given back to the prefill worker, which otherwise holds the blocks until their lease of 30 s ends.
+"""
+
+import asyncio
+import base64
+import io
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.inputs import TextPrompt, TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tandem_protocol.errors import EngineError, RequestError, TandemError, UnavailableError
+from tandem_protocol.roles import Role
+from tandem_worker.config import WorkerSettings
+from tandem_worker.load import EngineLoad
+from tandem_worker.pacing import stream_interval
+from tandem_worker.requests import GenerationRequest
+from tandem_worker.responses import GenerationEncoder, encode_handoff
+from tandem_worker.sampling import Sampling, generation_params, handoff_params, parse_sampling, prefill_params
+from tandem_worker.streams import ResponseStream
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PRIORITY = 100
+"""vLLM schedules lower numbers first: a request with priority 1 goes before ordinary ones, one with 200 after them."""
+_RELEASE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Serves requests on one engine."""
+
+    engine: AsyncLLM
+    settings: WorkerSettings
+    load: EngineLoad
+    adapters: dict[str, LoRARequest]
+
+    async def serve(self, request: GenerationRequest, stream: ResponseStream, active: int) -> None:
+        """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
+        leg = _Leg(self, request)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                await self._run(leg, stream, active)
+        except TimeoutError:
+            stream.fail(UnavailableError(f"request timed out after its own timeout of {request.timeout_s} s"))
+        except EngineDeadError:
+            stream.fail(UnavailableError("the engine of this worker died: retry on another worker or after its restart"))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:  # the root of the task: an uncaught error would leave the client waiting for ever
+            stream.fail(_translate(exc))
+        finally:
+            await leg.release()
+
+    async def _run(self, leg: "_Leg", stream: ResponseStream, active: int) -> None:
+        request = leg.request
+        sampling = parse_sampling(request.sampling)
+        lora = self._adapter(sampling.lora_name)
+        prompt = self._prompt(request)
+        priority = request.priority or sampling.priority or DEFAULT_PRIORITY
+        interval = stream_interval(active, self.load.step_s, self.settings.response_rate) if request.stream else 1
+        params = self._generation_params(sampling, request, interval)
+        if self.settings.effective_role is Role.PREFILL:
+            stream.encode = encode_handoff
+            params = prefill_params()
+        else:
+            stream.encode = GenerationEncoder(request, sampling.n).encode
+        if request.handoff is not None:
+            await self._refuse_if_cancelled(stream)
+            if sampling.n > 1:
+                # Each sequence would pull, and the first to finish would free the blocks under the others. So pull once,
+                # into the prefix cache, and let all sequences find the prompt there.
+                await leg.run(prompt, handoff_params(request.handoff), lora, priority, None)
+            else:
+                params.extra_args = {"kv_transfer_params": request.handoff}
+        await leg.run(prompt, params, lora, priority, stream)
+
+    async def _refuse_if_cancelled(self, stream: ResponseStream) -> None:
+        """An ensemble starts decode even if the client went away during prefill; then the blocks are not worth pulling."""
+        if await asyncio.to_thread(stream.sink.is_cancelled):
+            raise asyncio.CancelledError
+
+    def _generation_params(self, sampling: Sampling, request: GenerationRequest, interval: int) -> SamplingParams:
+        return generation_params(sampling, stream=request.stream, detokenize=self.settings.use_vllm_tokenizer, stream_interval=interval)
+
+    def _adapter(self, name: str | None) -> LoRARequest | None:
+        """The two messages are those of Triton's vllm_backend, which its clients match on."""
+        if name is None:
+            return None
+        if not self.engine.vllm_config.lora_config:
+            raise RequestError("LoRA feature is not enabled.")
+        if name not in self.adapters:
+            raise RequestError(f"LoRA {name} is not supported, we currently support {list(self.adapters)}")
+        return self.adapters[name]
+
+    def _prompt(self, request: GenerationRequest) -> TextPrompt | TokensPrompt:
+        prompt: Any
+        if isinstance(request.prompt, str):
+            if not self.settings.use_vllm_tokenizer:
+                raise RequestError("this worker takes token ids only (DYN_VLLM_USE_TOKENIZER is off): send input_ids")
+            prompt = TextPrompt(prompt=request.prompt)
+        else:
+            prompt = TokensPrompt(prompt_token_ids=request.prompt)
+        if request.images:
+            if not self.engine.model_config.is_multimodal_model:
+                raise RequestError("this model takes no images: leave the tensor image out")
+            prompt["multi_modal_data"] = {"image": [_decode_image(item) for item in request.images]}
+        return prompt
+
+
+class _Leg:
+    """One request's time on the engine; knows whether its handoff still has to be given back."""
+
+    def __init__(self, generator: Generator, request: GenerationRequest) -> None:
+        self.request = request
+        self._engine = generator.engine
+        self._unclaimed = request.handoff
+
+    async def run(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None, priority: int,
+                  stream: ResponseStream | None) -> None:
+        """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled."""
+        adding = asyncio.ensure_future(
+            self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority)
+        )
+        try:
+            collector = await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            # Not yet known whether the engine has it: find out, else nobody could ever abort it.
+            collector = await asyncio.wait_for(adding, _RELEASE_TIMEOUT_S)
+            self._unclaimed = None
+            await self._engine.abort(collector.request_id, internal=True)
+            raise
+        self._unclaimed = None
+        try:
+            finished = False
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                finished = output.finished
+                if stream is not None:
+                    stream.push(output)
+        except asyncio.CancelledError:
+            await self._engine.abort(collector.request_id, internal=True)
+            raise
+        finally:
+            collector.close()
+
+    async def release(self) -> None:
+        """Gives a handoff back that the engine never took."""
+        handoff, self._unclaimed = self._unclaimed, None
+        if handoff is None or self._engine.errored:
+            return
+        try:
+            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
+                await self._engine.notify_kv_transfer_request_rejected(self.request.request_id, handoff)
+        except Exception:  # the lease on the prefill side is the last resort; say that it is needed
+            log.exception("handoff.release_failed request_id=%s", self.request.request_id)
+
+
+def _translate(exc: Exception) -> TandemError:
+    if isinstance(exc, TandemError):
+        return exc
+    if isinstance(exc, GracefulHTTPError):  # vLLM's own admission control
+        return UnavailableError(f"the engine's queue is full: retry later ({exc})")
+    if isinstance(exc, VLLMClientError | ValueError | TypeError | OverflowError):
+        return RequestError(str(exc) or type(exc).__name__)
+    log.error("request.failed", exc_info=exc)
+    return EngineError(f"the engine failed on this request: {type(exc).__name__}: {exc}")
+
+
+def _decode_image(item: bytes) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(item, validate=True))).convert("RGB")
+    except (ValueError, UnidentifiedImageError, OSError) as exc:
+        raise RequestError(f"an element of image is not a base64-encoded image: {exc}") from exc

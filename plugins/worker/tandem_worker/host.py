@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts one engine: its event loop, the requests in flight, abort, drain and the watch over the engine.
+
+Threads: Triton calls `submit` and `shutdown` from the stub's main thread; everything else runs on the event loop's
+thread, except the poll for cancelled clients, which has a thread of its own because each poll is a round trip to Triton.
+The engine is built on the main thread: the kernel ties engine processes to the thread that started them.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import uvloop
+
+from tandem_protocol.errors import RequestCancelledError, TandemError, UnavailableError
+from tandem_worker.config import WorkerSettings
+from tandem_worker.generation import Generator
+from tandem_worker.requests import GenerationRequest
+from tandem_worker.status import WorkerState, WorkerStatus
+from tandem_worker.streams import Outbox, ResponseStream, Sink
+
+log = logging.getLogger(__name__)
+
+_MAX_POLLS_PER_S = 500
+"""Each poll takes about 0.1 ms of the stub's control channel; more would slow the token streams."""
+_WATCH_INTERVAL_S = 0.25
+_STOP_TIMEOUT_S = 10.0
+_ENGINE_STOP_TIMEOUT_S = 3.0
+"""An idle engine has nothing to save; vLLM kills what does not exit by then."""
+
+
+@dataclass
+class _Active:
+    """A request in flight."""
+
+    request: GenerationRequest
+    stream: ResponseStream
+    task: asyncio.Task[None] | None = None
+
+
+class EngineHost:
+    """Serves requests on one engine until `shutdown`."""
+
+    def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None]) -> None:
+        self.generator = generator
+        self.settings = settings
+        self.state = WorkerState.STARTING
+        self._on_engine_death = on_engine_death
+        self._outbox = Outbox()
+        self._active: dict[int, _Active] = {}
+        self._keys = itertools.count()
+        self._idle = asyncio.Event()
+        self._stopping = threading.Event()
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="tandem-loop", daemon=True)
+        self._poller = threading.Thread(target=self._poll_cancelled, name="tandem-cancel", daemon=True)
+
+    def start(self) -> None:
+        """Starts the threads; requests are taken from now on."""
+        self._idle.set()
+        self._thread.start()
+        self._poller.start()
+        self.state = WorkerState.READY
+        self.run(self._start_watch())
+
+    def run(self, coroutine: Any) -> Future[Any]:
+        """Runs a coroutine on the event loop, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+        """Takes a request; its outcome goes to `sink`. Never blocks and never raises."""
+        self._loop.call_soon_threadsafe(self._admit, request, ResponseStream(sink, self._outbox))
+
+    def status(self) -> WorkerStatus:
+        """A snapshot for the admin server."""
+        load = self.generator.load
+        return WorkerStatus(state=self.state, role=self.settings.effective_role, active=len(self._active), running=load.running,
+                            waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s)
+
+    async def abort(self, request_id: str, error: TandemError | None = None) -> int:
+        """Aborts every request in flight with this client request id; returns how many there were."""
+        matching = [active for active in self._active.values() if active.request.request_id == request_id]
+        for active in matching:
+            self._cancel(active, error or RequestCancelledError(f"request {request_id!r} was aborted"))
+        return len(matching)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Stops taking requests, waits for those in flight, and aborts what is left; returns how many were aborted."""
+        if self.state is WorkerState.READY:
+            self.state = WorkerState.DRAINING
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            left = list(self._active.values())
+        else:
+            return 0
+        for active in left:
+            self._cancel(active, UnavailableError(f"the worker is shutting down and waited {timeout_s:g} s for this request"))
+        await asyncio.wait([active.task for active in left if active.task], timeout=_STOP_TIMEOUT_S)
+        return len(left)
+
+    def shutdown(self) -> None:
+        """Drains within the configured bound, stops the engine and the threads. Called from the main thread."""
+        bound = self.settings.drain_timeout_s
+        try:
+            self.run(self.drain(bound)).result(bound + _STOP_TIMEOUT_S)
+        except Exception:  # the engine must be shut down whatever the drain ran into
+            log.exception("worker.drain_failed")
+        self.state = WorkerState.STOPPED
+        self._stopping.set()
+        self._outbox.close(_STOP_TIMEOUT_S)
+        self.generator.engine.shutdown(timeout=_ENGINE_STOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    # --- event loop ---
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _admit(self, request: GenerationRequest, stream: ResponseStream) -> None:
+        refusal = self._refusal()
+        if refusal is not None:
+            stream.fail(refusal)
+            return
+        key = next(self._keys)
+        active = self._active[key] = _Active(request, stream)
+        self._idle.clear()
+        active.task = self._loop.create_task(self.generator.serve(request, stream, len(self._active)))
+        active.task.add_done_callback(lambda task: self._done(key, task))
+
+    def _refusal(self) -> TandemError | None:
+        if self.state is WorkerState.DEAD:
+            return UnavailableError("the engine of this worker died: retry on another worker or after its restart")
+        if self.state is not WorkerState.READY:
+            return UnavailableError(f"the worker is {self.state}: retry on another worker")
+        if len(self._active) >= self.settings.max_queued_requests:
+            return UnavailableError(f"the worker already holds {len(self._active)} requests (TANDEM_MAX_QUEUED_REQUESTS): retry later")
+        return None
+
+    def _done(self, key: int, task: asyncio.Task[None]) -> None:
+        active = self._active.pop(key)
+        if task.cancelled():
+            active.stream.fail(RequestCancelledError("the request was cancelled"))
+        elif (exc := task.exception()) is not None:
+            log.error("request.task_failed", exc_info=exc)
+            active.stream.fail(UnavailableError(f"the worker failed on this request: {exc}"))
+        if not self._active:
+            self._idle.set()
+
+    def _cancel(self, active: _Active, error: TandemError) -> None:
+        active.stream.fail(error)
+        if active.task is not None:
+            active.task.cancel()
+
+    async def _start_watch(self) -> None:
+        self._watch = asyncio.create_task(self._watch_engine())
+
+    async def _watch_engine(self) -> None:
+        """vLLM fails the requests in flight itself when its engine dies; an idle worker must notice too."""
+        while not self.generator.engine.errored:  # noqa: ASYNC110 - vLLM offers a flag, no event
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        if self._stopping.is_set() or self.state is WorkerState.STOPPED:
+            return
+        self.state = WorkerState.DEAD
+        log.error("engine.died: in-flight requests get UNAVAILABLE and the server exits")
+        self._on_engine_death()
+
+    # --- cancellation poll ---
+
+    def _poll_cancelled(self) -> None:
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            for active in tuple(self._active.values()):
+                if active.stream.sink.is_cancelled():
+                    self._loop.call_soon_threadsafe(self._cancel, active, RequestCancelledError("the client went away"))
+                self._stopping.wait(1 / _MAX_POLLS_PER_S)
+            self._stopping.wait(max(0.0, self.settings.cancel_poll_s - (time.monotonic() - started)))

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker tells of itself on its admin port."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from tandem_protocol.roles import Role
+
+
+class WorkerState(StrEnum):
+    """Where a worker is in its life; only a ready one takes requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """A snapshot of one worker.
+
+    `active` counts requests between arrival and last response; `running` and `waiting` are the engine's own counts of its
+    latest step; `kv_usage` is the used share of its KV blocks, 0 to 1; `step_s` the smoothed time of one engine step.
+    """
+
+    state: WorkerState
+    role: Role
+    active: int
+    running: int
+    waiting: int
+    kv_usage: float
+    step_s: float
+
+    def as_json(self, model: str) -> dict[str, Any]:
+        """The body of `/health`."""
+        fields = asdict(self)
+        return {"status": fields.pop("state"), "model": model, **fields}

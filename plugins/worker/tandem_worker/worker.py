@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assembles a worker: guard, environment, engine, host, admin server; and takes it apart again, in that order reversed."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tandem_protocol.errors import ConfigError
+from tandem_worker.admin import AdminServer
+from tandem_worker.config import WorkerSettings
+from tandem_worker.environment import OVERRIDABLE, engine_environment
+from tandem_worker.guard import Ward, say_goodbye, start_guard
+from tandem_worker.host import EngineHost
+from tandem_worker.transfer_threads import CPU_ENGINE_VARIABLE
+
+log = logging.getLogger(__name__)
+
+_ADMIN_TIMEOUT_S = 10.0
+_GOODBYE_TIMEOUT_S = 5.0
+
+
+class Worker:
+    """One engine with everything around it. Built on the stub's main thread; `stop` undoes all of it, also half-built."""
+
+    def __init__(self, settings: WorkerSettings, model_name: str, model_dir: Path) -> None:
+        self.settings = settings
+        self.host: EngineHost | None = None
+        self._model_name = model_name
+        self._model_dir = model_dir
+        self._server_pid = os.getppid()
+        self._scratch = Path(tempfile.mkdtemp(prefix="tandem-"))
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._admin: AdminServer | None = None
+
+    def start(self) -> EngineHost:
+        """Starts everything; blocks until the engine answers. Raises ConfigError with a sentence that says the fix."""
+        started = time.monotonic()
+        token = uuid.uuid4().hex
+        for name, value in OVERRIDABLE.items():
+            os.environ.setdefault(name, value)
+        os.environ.update(engine_environment(self.settings, token=token, stub_pid=os.getpid(), scratch=self._scratch))
+        self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
+        self.host = self._build_host()
+        self.host.start()
+        if self.settings.effective_admin_port >= 0:
+            self._start_admin(self.host)
+        log.info("worker.ready model=%s role=%s seconds=%.1f", self._model_name, self.settings.effective_role, time.monotonic() - started)
+        return self.host
+
+    def stop(self) -> None:
+        """Drains within its bound, shuts the engine down, removes what is left."""
+        if self.host is not None:
+            if self._admin is not None:
+                self.host.run(self._admin.stop()).result(_ADMIN_TIMEOUT_S)
+            self.host.shutdown()
+        if self._guard is not None:
+            say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _build_host(self) -> EngineHost:
+        # vLLM reads its environment on import, so it may be imported only now.
+        from tandem_worker.arguments import complete
+        from tandem_worker.engine import build_engine, detect_platform, load_adapters
+        from tandem_worker.generation import Generator
+        from tandem_worker.load import EngineLoad
+
+        platform = detect_platform()
+        arguments = complete(self._given_arguments(), self.settings, platform)
+        if platform.is_cpu and self.settings.effective_role.is_disaggregated:
+            os.environ[CPU_ENGINE_VARIABLE] = "1"
+        load = EngineLoad()
+        adapters = load_adapters(self._model_dir)
+        engine = build_engine(arguments, load)
+        return EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server)
+
+    def _given_arguments(self) -> dict[str, Any]:
+        path = self._model_dir / "model.json"
+        if not path.exists():
+            return {}
+        try:
+            given = json.loads(path.read_text())
+        except ValueError as exc:
+            raise ConfigError(f"{path.name} is not JSON: {exc}") from exc
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path.name} must be a JSON object of engine arguments")
+        return given
+
+    def _start_admin(self, host: EngineHost) -> None:
+        self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s)
+        port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
+        log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
+
+    def _end_server(self) -> None:
+        """A server whose engine died is useless until restarted, and only its supervisor can do that."""
+        log.error("server.exit reason=engine_died pid=%d", self._server_pid)
+        os.kill(self._server_pid, signal.SIGTERM)

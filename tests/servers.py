@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers for tests: started by `tandem serve`, on free ports, in a run folder of the tests' own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+START_TIMEOUT_S = 600
+_WAIT_STEP_S = 0.05
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    run_dir: Path
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+    @property
+    def grpc_url(self) -> str:
+        """Where the gRPC clients connect."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        """Base URL of HTTP."""
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the launcher wrote down of this run."""
+        return dict(json.loads((self.run_dir / str(self.http_port) / "state.json").read_bytes()))
+
+    @property
+    def pid(self) -> int:
+        """The process id of tritonserver."""
+        return int(self.state["pid"])
+
+    @property
+    def log(self) -> str:
+        """The server's log so far."""
+        return (self.run_dir / f"{self.http_port}.log").read_text(errors="replace")
+
+    def admin_url(self, worker: str) -> str:
+        """The admin server of a worker."""
+        return str(self.state["admin_urls"][worker])
+
+    def health(self, worker: str) -> dict[str, Any]:
+        """The body of a worker's `/health`."""
+        return dict(get_json(f"{self.admin_url(worker)}/health"))
+
+    def metric(self, worker: str, name: str) -> float:
+        """The sum of a metric's samples on a worker's `/metrics`; 0 if it has none yet."""
+        lines = get_text(f"{self.admin_url(worker)}/metrics").splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this run, whoever its parent is."""
+        return processes_with(f"TANDEM_RUN_ID={self.state['run_id']}")
+
+
+def processes_with(variable: str) -> list[psutil.Process]:
+    """Living processes with this NAME=VALUE in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if variable.encode() in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                found.append(process)
+        except OSError:
+            continue
+    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def get_text(url: str) -> str:
+    """GET, also for answers with an error status."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return str(response.read().decode())
+    except urllib.error.HTTPError as exc:
+        return str(exc.read().decode())
+
+
+def get_json(url: str) -> Any:
+    """GET of JSON."""
+    return json.loads(get_text(url))
+
+
+def post_json(url: str, body: dict[str, Any]) -> Any:
+    """POST of JSON; the answer, also for error statuses."""
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as exc:
+        return json.loads(exc.read())
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Waits until the condition holds; returns how long that took. Fails the test after `timeout_s`."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > timeout_s:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(_WAIT_STEP_S)
+    return time.monotonic() - started
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free consecutive ports, below the ephemeral range."""
+    for first in range(21000 + os.getpid() % 97 * 40, 30000, 10):
+        if all(_is_free(first + i) for i in range(count)):
+            return first
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
+def tandem(run_dir: Path, *arguments: str, timeout_s: float = START_TIMEOUT_S, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the `tandem` command."""
+    variables = {**os.environ, "TANDEM_RUN_DIR": str(run_dir), **environment}
+    return subprocess.run([sys.executable, "-m", "tandem_cli.main", *arguments], env=variables, capture_output=True, text=True,
+                          timeout=timeout_s, check=False)
+
+
+@contextmanager
+def serve(run_dir: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """A server, stopped at the end."""
+    first = free_ports(16)
+    server = Server(run_dir, first, first + 1, first + 2)
+    variables = {"DYN_SYSTEM_PORT": str(first + 3), "DYN_VLLM_KV_EVENT_PORT": str(first + 8),
+                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12)}
+    ports = ["--http-port", str(first), "--grpc-port", str(first + 1), "--metrics-port", str(first + 2)]
+    started = tandem(run_dir, "serve", "--detach", *ports, *arguments, **{**variables, **environment})
+    try:
+        assert started.returncode == 0, f"{started.stderr}\n{server.log[-3000:]}"
+        yield server
+    finally:
+        stopped = tandem(run_dir, "stop", "--http-port", str(first), "--drain-timeout-s", "1")
+        assert stopped.returncode == 0, stopped.stderr

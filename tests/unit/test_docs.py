@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation says what the code does, where that can be checked."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from tandem_protocol.settings import specs_of
+from tandem_protocol.version import VERSION
+from tandem_worker.config import WorkerSettings
+
+ROOT = Path(__file__).parents[2]
+DASH = "\N{EN DASH}"
+
+
+@pytest.mark.parametrize("name", specs_of(WorkerSettings))
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    """docs/configuration.md has a row for each worker setting: variable, name, default, unit, and the very help text."""
+    spec = specs_of(WorkerSettings)[name]
+    default = {field.name: field.default for field in dataclasses.fields(WorkerSettings)}[name]
+    shown = "unset" if default in (None, "") else str(default).lower() if isinstance(default, bool) else str(default)
+    flag = f"`--{name.replace('_', '-')}`" if spec.flag else DASH
+    row = f"| `{spec.env}` | {flag} | `{name}` | {shown} | {spec.unit or DASH} | {spec.help} |"
+    assert row in (ROOT / "docs" / "configuration.md").read_text()
+
+
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "benchmarks/README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_and_path_in_the_documents_exists(document: str) -> None:
+    """Relative links and the test files that the README names are there."""
+    path = ROOT / document
+    text = path.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    files = re.findall(r"`((?:tests|benchmarks|docs|plugins)/[\w/.]+\.(?:py|md|sh))`", text)
+    missing = [link for link in links if not (path.parent / link).exists()] + [file for file in files if not (ROOT / file).exists()]
+    assert missing == []
+
+
+def test_the_version_is_a_version() -> None:
+    """It stands in one place."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
