@@ -68,7 +68,7 @@ check() {
 
 test_all() {
   local select=(-m "not slow and not gpu")
-  if [ "${1:-}" = --full ]; then shift; select=(-m "not gpu"); fi
+  if [ "${1:-}" = --full ]; then shift; select=(-m "not gpu"); export TANDEM_TEST_FREED_WITHIN_S="${TANDEM_TEST_FREED_WITHIN_S:-1}"; fi
   "$env/bin/python" -m pytest "${select[@]}" "$@"
 }
 

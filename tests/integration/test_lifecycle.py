@@ -86,7 +86,7 @@ async def test_sigterm_and_stop(tmp_path: Path, tiny_model: Path) -> None:
         async with connect(server.grpc_url) as client:
             call = Call("vllm", sampling={**ENDLESS, "max_tokens": 200}, returns=("num_output_tokens",))
             running = asyncio.create_task(collect(client, call))
-            await asyncio.to_thread(wait_for, lambda: server.health("vllm")["running"] == 1, 30, "a running request")
+            await asyncio.to_thread(wait_for, lambda: server.health("vllm")["running"] == 1, 120, "a running request")
             draining = asyncio.create_task(asyncio.to_thread(post_json, f"{server.admin_url('vllm')}/engine/drain", {"timeout_s": 60}))
             await asyncio.to_thread(wait_for, lambda: server.health("vllm")["status"] == "draining", 10, "draining")
             with pytest.raises(InferenceServerException, match="draining"):

@@ -125,6 +125,13 @@ def test_only_cpu_engines_start_without_compilation(hardware: Hardware, eager: b
     assert [worker.arguments.get("enforce_eager") for worker in plan(Mode.DISAGG, hardware=hardware).workers] == [eager, eager]
 
 
+@pytest.mark.parametrize(("given", "dtype"), [({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16")])
+def test_cores_without_bfloat16_compute_in_float32(given: dict[str, str], dtype: str) -> None:
+    """Emulated bfloat16 is slower; what is given wins."""
+    workers = plan(Mode.DISAGG, hardware=Hardware((0,), 0, fast_bf16=False), **given).workers
+    assert {worker.arguments["dtype"] for worker in workers} == {dtype}
+
+
 def test_compilation_on_the_cpu_can_be_asked_for() -> None:
     """What is given wins."""
     assert plan(Mode.AGG, enforce_eager=False).workers[0].arguments == {"enforce_eager": False}

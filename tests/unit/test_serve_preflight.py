@@ -20,6 +20,7 @@ from tandem_cli.serve.preflight import (
     check_ports,
     check_shared_memory,
     detect_hardware,
+    fast_bf16,
     weights_bytes,
 )
 from tandem_protocol.errors import ConfigError
@@ -189,3 +190,12 @@ def test_a_host_without_nvidia_smi_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("shutil.which", lambda _: None)
     assert detect_hardware().gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [("flags\t\t: fpu avx512f avx512_bf16", True), ("flags : amx_bf16", True), ("flags : fpu avx2 avx512f", False), ("Features : fp", True)],
+)
+def test_bfloat16_is_fast_where_the_processor_names_it(flags: str, fast: bool) -> None:
+    """Where /proc/cpuinfo has no flags, nothing is assumed against the processor."""
+    assert fast_bf16(f"processor : 0\n{flags}\n\nprocessor : 1\n") is fast

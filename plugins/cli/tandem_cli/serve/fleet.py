@@ -26,6 +26,7 @@ class Hardware:
 
     cores: tuple[int, ...]
     gpus: int
+    fast_bf16: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,20 @@ def _ensembles(workers: tuple[WorkerPlan, ...]) -> tuple[EnsemblePlan, ...]:
 def _place(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str, Any]) -> tuple[WorkerPlan, ...]:
     # Prefill and decode work at the same time, so they are placed first and the aggregated worker shares.
     order = sorted(workers, key=lambda worker: worker.role is Role.AGGREGATED)
-    placed = _on_gpus(order, hardware.gpus, arguments) if hardware.gpus else _on_cores(order, hardware.cores, arguments)
+    placed = _on_gpus(order, hardware.gpus, arguments) if hardware.gpus else _on_cores(order, hardware, arguments)
     return tuple(sorted(placed, key=lambda worker: worker.index))
 
 
-def _on_cores(workers: list[WorkerPlan], cores: tuple[int, ...], arguments: dict[str, Any]) -> list[WorkerPlan]:
+def _on_cores(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str, Any]) -> list[WorkerPlan]:
     """Equal shares of the cores; with fewer cores than engines, one core each in turn.
 
     Never overlapping shares of several cores: OpenMP threads of two engines spin on each other's barriers there.
-    Without compilation by default: it triples the start of a CPU engine for some 10-30 % of speed.
+    Without compilation by default: it triples the start of a CPU engine for some 10-30 % of speed. In float32 on cores without
+    bfloat16 instructions, which emulate them at less than half the speed.
     """
+    cores = hardware.cores
     share = max(1, len(cores) // len(workers))
-    own_arguments = {"enforce_eager": True, **arguments}
+    own_arguments = {"enforce_eager": True, **({} if hardware.fast_bf16 else {"dtype": "float32"}), **arguments}
     placed = []
     for i, worker in enumerate(workers):
         own = [cores[(i * share + k) % len(cores)] for k in range(share)]

@@ -21,6 +21,7 @@ SHM_BYTES = 512 << 20
 """Shared memory of one engine with the `mp` executor: its broadcast buffers, plus Triton's regions (measured 420 MiB)."""
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 _NVIDIA_SMI_TIMEOUT_S = 20
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,14 @@ class Port:
 
 
 def detect_hardware() -> Hardware:
-    """Cores this process may use, and CUDA GPUs that the driver lists."""
-    return Hardware(cores=tuple(sorted(os.sched_getaffinity(0))), gpus=_count_gpus())
+    """Cores this process may use, whether they compute in bfloat16, and CUDA GPUs that the driver lists."""
+    return Hardware(tuple(sorted(os.sched_getaffinity(0))), _count_gpus(), fast_bf16(Path("/proc/cpuinfo").read_text()))
+
+
+def fast_bf16(cpuinfo: str) -> bool:
+    """Whether the first processor of /proc/cpuinfo names an instruction set for bfloat16; True where it names no flags at all."""
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "")
+    return not flags or bool(_BF16_FLAGS & set(flags.split()))
 
 
 def _count_gpus() -> int:
