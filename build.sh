@@ -66,6 +66,14 @@ check() {
   "$env/bin/ruff" check . && "$env/bin/mypy" && PYTHONPATH="$root" "$env/bin/lint-imports"
 }
 
+# Baselines and plots that only benchmarks need, once per environment.
+ensure_benchmarks() {
+  local key; key="$(sha256sum < requirements/bench.txt | cut -c1-12)"
+  [ -e "$env/.bench-$key" ] && return
+  "$env/bin/python" -m pip install --quiet --no-input --disable-pip-version-check --no-deps -r requirements/bench.txt >&2 || die "the benchmarks' packages could not be installed: see above"
+  touch "$env/.bench-$key"
+}
+
 test_all() {
   local select=(-m "not slow and not gpu")
   if [ "${1:-}" = --full ]; then shift; select=(-m "not gpu"); export TANDEM_TEST_FREED_WITHIN_S="${TANDEM_TEST_FREED_WITHIN_S:-1}"; fi
@@ -87,7 +95,7 @@ _main() {
     test) check && test_all "$@" ;;
     check) check ;;
     bench) [ $# -gt 0 ] || die "which benchmark? one of: $(cd benchmarks && ls ./*.py | sed 's#./##; s#\.py##' | tr '\n' ' ')"
-           local name="$1"; shift; exec "$env/bin/python" -m "benchmarks.${name//-/_}" "$@" ;;
+           ensure_benchmarks; local name="$1"; shift; exec "$env/bin/python" -m "benchmarks.${name//-/_}" "$@" ;;
   esac
 }
 
