@@ -19,7 +19,7 @@ from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import OVERRIDABLE, engine_environment
 from tandem_worker.guard import Ward, say_goodbye, start_guard
 from tandem_worker.host import EngineHost
-from tandem_worker.transfer_threads import CPU_ENGINE_VARIABLE
+from tandem_worker.resting import CPU_ENGINE_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ class Worker:
 
         platform = detect_platform()
         arguments = complete(self._given_arguments(), self.settings, platform)
-        if platform.is_cpu and self.settings.effective_role.is_disaggregated:
-            os.environ[CPU_ENGINE_VARIABLE] = "1"
+        if platform.is_cpu:
+            os.environ[CPU_ENGINE_VARIABLE] = "nixl" if self.settings.effective_role.is_disaggregated else "1"
         load = EngineLoad()
         adapters = load_adapters(self._model_dir)
         engine = build_engine(arguments, load)
