@@ -11,7 +11,7 @@ import pytest
 from fakes import FakeLogprob, FakeOutput, FakeSequence
 from tandem_protocol import tensors
 from tandem_protocol.errors import EngineError
-from tandem_worker.requests import GenerationRequest
+from tandem_protocol.requests import GenerationRequest
 from tandem_worker.responses import GenerationEncoder, encode_handoff
 
 NUMPY = {"TYPE_STRING": np.object_, "TYPE_FP32": np.float32, "TYPE_UINT32": np.uint32, "TYPE_INT32": np.int32}

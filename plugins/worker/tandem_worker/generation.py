@@ -22,14 +22,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tandem_protocol.errors import EngineError, RequestError, TandemError, UnavailableError
+from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.roles import Role
+from tandem_protocol.streams import ResponseStream
 from tandem_worker.config import WorkerSettings
 from tandem_worker.load import EngineLoad
 from tandem_worker.pacing import stream_interval
-from tandem_worker.requests import GenerationRequest
 from tandem_worker.responses import GenerationEncoder, encode_handoff
 from tandem_worker.sampling import Sampling, generation_params, handoff_params, parse_sampling, prefill_params
-from tandem_worker.streams import ResponseStream
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import Any
 import uvloop
 
 from tandem_protocol.errors import RequestCancelledError, TandemError, UnavailableError
+from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_worker.config import WorkerSettings
 from tandem_worker.generation import Generator
-from tandem_worker.requests import GenerationRequest
 from tandem_worker.status import WorkerState, WorkerStatus
-from tandem_worker.streams import Outbox, ResponseStream, Sink
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from tandem_protocol import handoff, tensors
 from tandem_protocol.errors import EngineError
-from tandem_worker.requests import GenerationRequest
-
-Arrays = dict[str, npt.NDArray[Any]]
+from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.streams import Arrays
 
 
 class SequenceOutput(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries responses from the engine's event loop to Triton, in order, without ever blocking the loop.
+"""Carries responses from an event loop to Triton, in order, without ever blocking the loop.
 
 Threads: `ResponseStream.push`, `finish` and `fail` are called by the event loop; the sender thread of the `Outbox`
 calls the sink. While a response is being sent, further outputs of that request are merged into one, so a slow sender
@@ -13,14 +13,21 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy.typing as npt
+
 from tandem_protocol.errors import EngineError, TandemError
-from tandem_worker.responses import Arrays, EngineOutput
 
 log = logging.getLogger(__name__)
 
 
-class MergeableOutput(EngineOutput, Protocol):
-    """vLLM's RequestOutput; `add` appends a later delta to this one."""
+Arrays = dict[str, npt.NDArray[Any]]
+"""The tensors of one response by name."""
+
+
+class MergeableOutput(Protocol):
+    """A delta of an answer: vLLM's RequestOutput in a worker, a relayed response in the router."""
+
+    finished: bool
 
     def add(self, next_output: Any, aggregate: bool) -> None:
         """Merges a later output into this one."""
@@ -104,7 +111,7 @@ class ResponseStream:
 
 
 class Outbox:
-    """One sender thread for all streams of a worker."""
+    """One sender thread for all streams of a model."""
 
     def __init__(self) -> None:
         self._ready: queue.SimpleQueue[ResponseStream | None] = queue.SimpleQueue()

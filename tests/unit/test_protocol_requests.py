@@ -9,8 +9,8 @@ import pytest
 from fakes import reader
 from tandem_protocol import handoff, tensors
 from tandem_protocol.errors import RequestError
+from tandem_protocol.requests import Envelope, GenerationRequest, parse_request
 from tandem_protocol.roles import Role
-from tandem_worker.requests import Envelope, GenerationRequest, parse_request
 
 ANSWER = {"do_remote_prefill": True, "remote_engine_id": "e"}
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fakes import WAIT_S, BrokenSink, FakeOutput, HeldSink, ManualOutbox, RecordingSink, delta, encode_text
 from tandem_protocol.errors import EngineError, RequestError
+from tandem_protocol.streams import Outbox, ResponseStream
 from tandem_worker.responses import Arrays
-from tandem_worker.streams import Outbox, ResponseStream
 
 
 @pytest.fixture

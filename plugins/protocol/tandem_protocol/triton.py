@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every Triton Python model of ours does at its edge. The only module of the protocol that knows `triton_python_backend_utils`.
+
+Triton calls a model on the stub's main thread; responses are sent from the outbox's thread.
+"""
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from tandem_protocol.errors import ErrorCode, TandemError
+from tandem_protocol.streams import Arrays
+from tandem_protocol.tensors import TensorSpec
+
+_CODES = {
+    ErrorCode.INVALID_ARGUMENT: "INVALID_ARG",
+    ErrorCode.UNAVAILABLE: "UNAVAILABLE",
+    ErrorCode.CANCELLED: "CANCELLED",
+    ErrorCode.INTERNAL: "INTERNAL",
+}
+
+
+def declare(config: Any, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], *, decoupled: bool) -> Any:
+    """Completes a model's configuration, so that config.pbtxt need not name tensors and no model may differ from the contract."""
+    given = config.as_dict()
+    known = {entry["name"] for entry in (*given["input"], *given["output"])}
+    for spec in inputs:
+        if spec.name not in known:
+            config.add_input({"name": spec.name, "data_type": spec.data_type, "dims": list(spec.dims), "optional": spec.optional})
+    for spec in outputs:
+        if spec.name not in known:
+            config.add_output({"name": spec.name, "data_type": spec.data_type, "dims": list(spec.dims)})
+    config.set_max_batch_size(0)
+    config.set_model_transaction_policy({"decoupled": decoupled})
+    return config
+
+
+def parameters_of(config: dict[str, Any]) -> dict[str, str]:
+    """The parameters of config.pbtxt by name."""
+    return {name: str(value["string_value"]) for name, value in config.get("parameters", {}).items()}
+
+
+def request_parameters(request: Any) -> dict[str, Any]:
+    """A request's own parameters, without those that Triton adds."""
+    return {name: value for name, value in json.loads(request.parameters() or "{}").items() if not name.startswith("triton_")}
+
+
+def read_tensor(request: Any, name: str) -> Any:
+    """An input as an array, or None when the request doesn't carry it."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def load_failure(error: TandemError) -> Exception:
+    """What `initialize` raises so that the load ends with this one sentence."""
+    return pb_utils.TritonModelException(str(error))  # type: ignore[no-any-return]
+
+
+def configure_logging(model_name: str, *packages: str) -> None:
+    """Sends our packages' logs to stderr, which is tritonserver's log."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [{model_name}] %(name)s %(message)s"))
+    for name in (*packages, "tandem_protocol"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class TritonSink:
+    """Sends responses of one request. The outbox's thread sends, the cancellation poll asks.
+
+    Triton frees the request's response factory when it handles the final response, and asking for cancellation after that
+    crashes tritonserver (seen on 2.51). So the last send and the question exclude each other.
+    """
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def send(self, arrays: Arrays, *, final: bool) -> None:
+        """Sends one response; the final one closes the stream."""
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
+        if final:
+            self._close(response)
+        else:
+            self._sender.send(response)
+
+    def fail(self, error: TandemError) -> None:
+        """Closes the stream with an error."""
+        code = getattr(pb_utils.TritonError, _CODES[error.code])
+        self._close(pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(error), code)))
+
+    def is_cancelled(self) -> bool:
+        """Whether the client went away; a round trip to Triton of about 0.1 ms."""
+        with self._lock:
+            return not self._closed and bool(self._sender.is_cancelled())
+
+    def _close(self, response: Any) -> None:
+        with self._lock:
+            self._closed = True
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
