@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tandem_protocol.errors import TandemError
+from tandem_protocol.requests import TensorReader
 from tandem_protocol.roles import Role
-from tandem_worker.requests import TensorReader
+from tandem_protocol.streams import Outbox, ResponseStream
 from tandem_worker.responses import Arrays
 from tandem_worker.status import WorkerState, WorkerStatus
-from tandem_worker.streams import Outbox, ResponseStream
 
 WAIT_S = 30.0
 """Bound of every wait in a test; only a failing test reaches it."""
