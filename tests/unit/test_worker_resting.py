@@ -20,7 +20,9 @@ import zmq
 from tandem_worker.resting import rest_in_cpu_engines
 rest_in_cpu_engines(); rest_in_cpu_engines()
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-print(SpinCondition(True, zmq.Context(), "inproc://x").busy_loop_s)
+condition = SpinCondition(True, zmq.Context(), "inproc://x")
+condition.wait()  # nobody notifies: this must end all the same
+print(condition.busy_loop_s)
 """
 
 
@@ -37,5 +39,5 @@ def test_nixl_pauses_in_cpu_engines_that_use_it(engine: dict[str, str], pause_us
 
 @pytest.mark.parametrize(("engine", "spins_s"), [({"TANDEM_CPU_ENGINE": "1"}, "0"), ({}, "1")])
 def test_vllms_queue_sleeps_in_cpu_engines(engine: dict[str, str], spins_s: str) -> None:
-    """On a GPU host it may spin for its second."""
+    """On a GPU host it may spin for its second. A lost notification holds nobody up."""
     assert _run(QUEUE, **engine) == spins_s

@@ -12,12 +12,17 @@ vLLM calls `rest_in_cpu_engines` in each process that it starts (entry point gro
 """
 
 import os
+import time
 from typing import Any
 
 CPU_ENGINE_VARIABLE = "TANDEM_CPU_ENGINE"
 """Set by a worker whose engine computes on the CPU; engine processes inherit it. `nixl` where it also moves KV by NIXL."""
 PAUSE_US = 1000
 """The shortest pause that poll(2) can make."""
+_BUSY_S = 1.0
+_BUSY_CHECK_MS = 1
+_IDLE_CHECK_MS = 100
+"""How long a lost notification may delay a message: 1 ms while messages come, 100 ms for the first one after a pause."""
 
 
 def rest_in_cpu_engines() -> None:
@@ -30,17 +35,26 @@ def rest_in_cpu_engines() -> None:
 
 
 def _rest_between_messages() -> None:
-    """vLLM's shared-memory queue blocks on its notification socket at once instead of spinning for a second first."""
+    """vLLM's shared-memory queue sleeps on its notification socket at once instead of spinning for a second first.
+
+    Not without a bound, though: a writer that notifies twice in quick succession loses the second notification (its socket
+    holds one), which only the spinning made harmless.
+    """
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     if getattr(SpinCondition, "rests", False):
         return
-    initialise = SpinCondition.__init__
+    initialise, wait = SpinCondition.__init__, SpinCondition.wait
 
     def resting(self: Any, is_reader: bool, context: Any, notify_address: str, busy_loop_s: float = 0) -> None:
         initialise(self, is_reader, context, notify_address, busy_loop_s)
 
+    def wait_bounded(self: Any, timeout_ms: int | None = None) -> None:
+        bound_ms = _BUSY_CHECK_MS if time.monotonic() - self.last_read < _BUSY_S else _IDLE_CHECK_MS
+        wait(self, bound_ms if timeout_ms is None else min(timeout_ms, bound_ms))
+
     SpinCondition.__init__ = resting
+    SpinCondition.wait = wait_bounded
     SpinCondition.rests = True
 
 
