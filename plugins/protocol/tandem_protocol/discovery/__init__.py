@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discovery: where workers leave their records, and where routers and planners watch them.
+
+One interface and three stores, chosen by a URL: `memory:` (one process), `file:/folder` (one host, no server), and
+`etcd://host:port[/prefix]` (many hosts). Every store keeps the same contract, written at `Discovery` and
+`Registration`; tests/unit/test_protocol_discovery.py checks it for all.
+"""
+
+import importlib
+
+from tandem_protocol.discovery.interface import DEBOUNCE_S, LEASE_TTL_S, Counts, Discovery, Registration, Snapshot
+from tandem_protocol.errors import ConfigError
+
+__all__ = ["DEBOUNCE_S", "LEASE_TTL_S", "Counts", "Discovery", "Registration", "Snapshot", "check_url", "open_discovery"]
+
+_STORES = {
+    "memory": "tandem_protocol.discovery.memory:open_memory",
+    "file": "tandem_protocol.discovery.file:open_folder",
+    "etcd": "tandem_protocol.discovery.etcd:open_etcd",
+}
+"""Scheme -> what opens it; imported when asked for, so that only users of etcd need its client."""
+
+
+def check_url(url: str) -> str:
+    """Returns `url` if a store of its scheme exists; raises ValueError. Empty means no discovery and passes."""
+    scheme, colon, _ = url.partition(":")
+    if url and (not colon or scheme not in _STORES):
+        raise ValueError("expected file:/folder, etcd://host:port[/prefix] or memory:, or nothing for no discovery")
+    return url
+
+
+def open_discovery(url: str) -> Discovery:
+    """Opens the store of `url`; touches neither disk nor network yet. The caller closes it.
+
+    Use one discovery object on one event loop. Raises ConfigError for a URL that no store understands.
+    """
+    try:
+        scheme, _, rest = check_url(url).partition(":")
+    except ValueError as exc:
+        raise ConfigError(f"TANDEM_DISCOVERY={url!r} is not valid: {exc}") from exc
+    if not scheme:
+        raise ConfigError("there is no discovery to open: set TANDEM_DISCOVERY, e.g. to file:/run/tandem/discovery")
+    module, _, name = _STORES[scheme].partition(":")
+    opened: Discovery = getattr(importlib.import_module(module), name)(rest)
+    return opened
