@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem_protocol.errors import ConfigError
-from tandem_protocol.roles import Role
 from tandem_worker.config import REGISTERED_PORTS, WorkerSettings
 from tandem_worker.connectors import parse_connectors, transfer_config
 
@@ -103,7 +102,7 @@ def kv_events_config(settings: WorkerSettings, arguments: EngineArguments) -> di
 
     vLLM adds the data-parallel rank to the port itself, so it is taken off here.
     """
-    if settings.effective_role is Role.DECODE or not arguments["enable_prefix_caching"]:
+    if not settings.publishes_kv_events or not arguments["enable_prefix_caching"]:
         return None
     ranks = int(arguments.get("data_parallel_size") or 1)
     port = settings.kv_event_port + settings.worker_index * ranks

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from tandem_protocol.discovery import check_url
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 from tandem_protocol.settings import parse_bool, parse_float, parse_int, parse_words, resolve, setting
@@ -20,6 +21,13 @@ IGNORED_PARAMETERS = frozenset({"REPORT_CUSTOM_METRICS", "ENABLE_VLLM_HEALTH_CHE
 
 REGISTERED_PORTS = (1024, 49151)
 HIGHEST_PORT = 65535
+
+
+def _host_and_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) <= HIGHEST_PORT):
+        raise ValueError("expected host:port")
+    return text
 
 
 def _port_or_off(text: str) -> int:
@@ -86,6 +94,20 @@ class WorkerSettings:
     admin_port: int = setting(
         env="DYN_SYSTEM_PORT", default=8081, parse=_port_or_off, unit="port", help="First admin port, plus worker index; -1 for none."
     )
+    discovery: str = setting(
+        env="TANDEM_DISCOVERY", default="", parse=check_url,
+        help="Where workers register and routers find them: file:/folder, etcd://host:port[/prefix], or empty for none. "
+             "`tandem serve` sets a folder of its run.",
+    )
+    grpc_url: str = setting(
+        env="TANDEM_GRPC_URL", default="127.0.0.1:8001", parse=_host_and_port,
+        help="host:port at which routers reach this server's gRPC; its host also goes into the addresses of KV events. "
+             "`tandem serve` sets loopback and its own port.",
+    )
+    conditional_disagg: bool = setting(
+        env="TANDEM_CONDITIONAL_DISAGG", default=False, parse=parse_bool,
+        help="Decode workers publish KV events too, so that a router can skip the remote prefill of a prompt that they have cached.",
+    )
     response_rate: int = setting(
         env="TANDEM_RESPONSE_RATE", default=1500, parse=parse_int(1, 1_000_000), unit="responses/s",
         help="Above this many streamed tokens per second, tokens of one request share a response: each costs the Python stub 0.1-0.35 ms.",
@@ -121,6 +143,11 @@ class WorkerSettings:
         if self.is_decode_worker:
             return Role.DECODE
         return self.role or Role.AGGREGATED
+
+    @property
+    def publishes_kv_events(self) -> bool:
+        """Whether a router has a use for this worker's KV events: decode workers' only serve conditional disaggregation."""
+        return self.effective_role is not Role.DECODE or self.conditional_disagg
 
     @property
     def effective_admin_port(self) -> int:

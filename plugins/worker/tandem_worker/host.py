@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,17 +17,17 @@ from typing import Any
 
 import uvloop
 
+from tandem_protocol.cancellation import CancelPoll
 from tandem_protocol.errors import RequestCancelledError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_worker.config import WorkerSettings
 from tandem_worker.generation import Generator
+from tandem_worker.registration import Presence, Unregistered
 from tandem_worker.status import WorkerState, WorkerStatus
 
 log = logging.getLogger(__name__)
 
-_MAX_POLLS_PER_S = 500
-"""Each poll takes about 0.1 ms of the stub's control channel; more would slow the token streams."""
 _WATCH_INTERVAL_S = 0.25
 _STOP_TIMEOUT_S = 10.0
 _ENGINE_STOP_TIMEOUT_S = 3.0
@@ -50,22 +49,38 @@ class EngineHost:
     def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None]) -> None:
         self.generator = generator
         self.settings = settings
-        self.state = WorkerState.STARTING
+        self._state = WorkerState.STARTING
+        self._presence: Presence = Unregistered()
         self._on_engine_death = on_engine_death
         self._outbox = Outbox()
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
         self._idle = asyncio.Event()
-        self._stopping = threading.Event()
+        self._stopping = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="tandem-loop", daemon=True)
-        self._poller = threading.Thread(target=self._poll_cancelled, name="tandem-cancel", daemon=True)
+        self._poll = CancelPoll(lambda: self._active.values(), self._client_gone, settings.cancel_poll_s)
+
+    @property
+    def state(self) -> WorkerState:
+        """Where the worker is in its life."""
+        return self._state
+
+    @state.setter
+    def state(self, state: WorkerState) -> None:
+        self._state = state
+        self._presence.follow(state)
+
+    def announce(self, presence: Presence) -> None:
+        """Discovery follows the worker's state from now on, until `shutdown`. Called on the event loop."""
+        self._presence = presence
+        presence.follow(self._state)
 
     def start(self) -> None:
         """Starts the threads; requests are taken from now on."""
         self._idle.set()
         self._thread.start()
-        self._poller.start()
+        self._poll.start()
         self.state = WorkerState.READY
         self.run(self._start_watch())
 
@@ -81,7 +96,7 @@ class EngineHost:
         """A snapshot for the admin server."""
         load = self.generator.load
         return WorkerStatus(state=self.state, role=self.settings.effective_role, active=len(self._active), running=load.running,
-                            waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s)
+                            waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s, registration=self._presence.status)
 
     async def abort(self, request_id: str, error: TandemError | None = None) -> int:
         """Aborts every request in flight with this client request id; returns how many there were."""
@@ -114,11 +129,20 @@ class EngineHost:
         except Exception:  # the engine must be shut down whatever the drain ran into
             log.exception("worker.drain_failed")
         self.state = WorkerState.STOPPED
-        self._stopping.set()
+        self._leave()
+        self._stopping = True
+        self._poll.stop()
         self._outbox.close(_STOP_TIMEOUT_S)
         self.generator.engine.shutdown(timeout=_ENGINE_STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
+
+    def _leave(self) -> None:
+        """Only after the drain: a router that no longer finds a worker gives up the streams that it still has there."""
+        try:
+            self.run(self._presence.leave()).result(_STOP_TIMEOUT_S)
+        except Exception:  # the engine must be shut down whatever discovery ran into
+            log.exception("worker.leave_failed")
 
     # --- event loop ---
 
@@ -161,6 +185,9 @@ class EngineHost:
         if active.task is not None:
             active.task.cancel()
 
+    def _client_gone(self, active: _Active) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, active, RequestCancelledError("the client went away"))
+
     async def _start_watch(self) -> None:
         self._watch = asyncio.create_task(self._watch_engine())
 
@@ -168,19 +195,8 @@ class EngineHost:
         """vLLM fails the requests in flight itself when its engine dies; an idle worker must notice too."""
         while not self.generator.engine.errored:  # noqa: ASYNC110 - vLLM offers a flag, no event
             await asyncio.sleep(_WATCH_INTERVAL_S)
-        if self._stopping.is_set() or self.state is WorkerState.STOPPED:
+        if self._stopping or self.state is WorkerState.STOPPED:
             return
         self.state = WorkerState.DEAD
         log.error("engine.died: in-flight requests get UNAVAILABLE and the server exits")
         self._on_engine_death()
-
-    # --- cancellation poll ---
-
-    def _poll_cancelled(self) -> None:
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            for active in tuple(self._active.values()):
-                if active.stream.sink.is_cancelled():
-                    self._loop.call_soon_threadsafe(self._cancel, active, RequestCancelledError("the client went away"))
-                self._stopping.wait(1 / _MAX_POLLS_PER_S)
-            self._stopping.wait(max(0.0, self.settings.cancel_poll_s - (time.monotonic() - started)))

@@ -33,8 +33,10 @@ class WorkerStatus:
     waiting: int
     kv_usage: float
     step_s: float
+    registration: str | None = None
+    """Whether discovery holds this worker; None, and absent in `/health`, without discovery."""
 
     def as_json(self, model: str) -> dict[str, Any]:
         """The body of `/health`."""
-        fields = asdict(self)
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
         return {"status": fields.pop("state"), "model": model, **fields}

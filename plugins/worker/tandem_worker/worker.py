@@ -13,17 +13,20 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import ConfigError
 from tandem_worker.admin import AdminServer
 from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import OVERRIDABLE, engine_environment
 from tandem_worker.guard import Ward, say_goodbye, start_guard
 from tandem_worker.host import EngineHost
+from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 
 log = logging.getLogger(__name__)
 
 _ADMIN_TIMEOUT_S = 10.0
+_ANNOUNCE_TIMEOUT_S = 10.0
 _GOODBYE_TIMEOUT_S = 5.0
 
 
@@ -50,8 +53,9 @@ class Worker:
         self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
         self.host = self._build_host()
         self.host.start()
-        if self.settings.effective_admin_port >= 0:
-            self._start_admin(self.host)
+        admin_port = self._start_admin(self.host) if self.settings.effective_admin_port >= 0 else -1
+        if self.settings.discovery:
+            self.host.run(self._announce(self.host, token, admin_port)).result(_ANNOUNCE_TIMEOUT_S)
         log.info("worker.ready model=%s role=%s seconds=%.1f", self._model_name, self.settings.effective_role, time.monotonic() - started)
         return self.host
 
@@ -93,10 +97,17 @@ class Worker:
             raise ConfigError(f"{path.name} must be a JSON object of engine arguments")
         return given
 
-    def _start_admin(self, host: EngineHost) -> None:
+    def _start_admin(self, host: EngineHost) -> int:
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s)
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
+        return int(port)
+
+    async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
+        """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
+        names = WorkerNames(self._model_name, token, admin_port, tuple(host.generator.adapters))
+        record = build_record(self.settings, names, host.generator.engine.vllm_config)
+        host.announce(RegisteredPresence(open_discovery(self.settings.discovery), record))
 
     def _end_server(self) -> None:
         """A server whose engine died is useless until restarted, and only its supervisor can do that."""

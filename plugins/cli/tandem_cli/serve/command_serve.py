@@ -13,6 +13,7 @@ import time
 import uuid
 from dataclasses import replace
 from types import FrameType
+from urllib.parse import quote
 
 import psutil
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if options.model:
         check_model(options.model)
     options = replace(options, model=options.model or str(embedded_model()))
-    environment = _environment(options, fleet, hardware)
+    environment = {**_discovery(options, folder), **_environment(options, fleet, hardware)}
     state = _start(options, fleet, settings, folder, environment)
     return _serve(state, folder, options)
 
@@ -99,7 +100,7 @@ def _ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
     for worker in settings:
         if worker.effective_admin_port > 0:
             ports.append(Port(worker.effective_admin_port, f"admin of worker {worker.worker_index}", "--admin-port"))
-        if worker.effective_role is not Role.DECODE:
+        if worker.publishes_kv_events:
             event_port = worker.kv_event_port + worker.worker_index * int(options.engine_arguments.get("data_parallel_size", 1))
             ports.append(Port(event_port, f"KV events of worker {worker.worker_index}", "--kv-event-port"))
             ports.append(Port(event_port + REPLAY_PORT_OFFSET, f"KV-event replay of worker {worker.worker_index}", "--kv-event-port"))
@@ -107,6 +108,12 @@ def _ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
             side_port = worker.side_channel_port + worker.worker_index
             ports.append(Port(side_port, f"NIXL of worker {worker.worker_index}", "--side-channel-port"))
     return ports
+
+
+def _discovery(options: ServeOptions, folder: RunFolder) -> dict[str, str]:
+    """One discovery for all workers of the run, and how routers reach them; what the caller's environment says wins, also to say none."""
+    ours = {"TANDEM_DISCOVERY": f"file:{quote(str(folder.discovery.absolute()))}", "TANDEM_GRPC_URL": f"127.0.0.1:{options.grpc_port}"}
+    return {name: value for name, value in ours.items() if name not in os.environ}
 
 
 def _environment(options: ServeOptions, fleet: Fleet, hardware: Hardware) -> dict[str, str]:

@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "backends"
 
     @property
+    def discovery(self) -> Path:
+        """Where this run's workers register, unless the caller chose another discovery."""
+        return self.path / "discovery"
+
+    @property
     def log(self) -> Path:
         """The server's log; kept after the run, beside the folder."""
         return self.path.with_suffix(".log")

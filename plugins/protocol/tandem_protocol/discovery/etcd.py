@@ -18,7 +18,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,7 +151,7 @@ class EtcdDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncIterator[Snapshot]:
+    def watch(self) -> AsyncGenerator[Snapshot, None]:
         """etcd's own watch, and a whole read at least three times per lease."""
         if self._watch is None:
             loop = asyncio.get_running_loop()

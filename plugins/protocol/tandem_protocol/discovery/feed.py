@@ -2,7 +2,7 @@
 """Hands the latest snapshot to any number of watchers: the part of `watch` that all stores share."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from tandem_protocol.discovery.interface import DEBOUNCE_S, Snapshot
 
@@ -32,7 +32,7 @@ class Feed:
         self._closed = True
         self._wake()
 
-    async def follow(self) -> AsyncIterator[Snapshot]:
+    async def follow(self) -> AsyncGenerator[Snapshot, None]:
         """The latest, and again whenever it changed. The first one waits until there is any."""
         wake = asyncio.Event()
         self._wakes.add(wake)

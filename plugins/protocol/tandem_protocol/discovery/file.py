@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,6 +163,7 @@ class FileDiscovery(Discovery):
 
     def __init__(self, path: Path, lease_s: float = LEASE_TTL_S, poll_s: float = POLL_S, now: Callable[[], float] = time.time) -> None:
         super().__init__()
+        self.path = path
         self._folder = Folder(path, self.counts, lease_s, now)
         self._lease_s = lease_s
         self._poll_s = poll_s
@@ -179,7 +180,7 @@ class FileDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncIterator[Snapshot]:
+    def watch(self) -> AsyncGenerator[Snapshot, None]:
         """Every scan that differs."""
         if self._poller is None:
             self._poller = asyncio.create_task(self._poll())
@@ -212,7 +213,7 @@ class FileDiscovery(Discovery):
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 return await asyncio.get_running_loop().run_in_executor(self._disk, call)
         except (OSError, TimeoutError) as exc:
-            raise UnavailableError(f"the discovery folder {self._folder.path} can't be used ({exc or 'timeout'}): check it") from exc
+            raise UnavailableError(f"the discovery folder {self.path} can't be used ({exc or 'timeout'}): check it") from exc
 
     async def _poll(self) -> None:
         while True:

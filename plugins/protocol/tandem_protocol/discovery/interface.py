@@ -2,7 +2,7 @@
 """The contract of every store: `Discovery`, `Registration`, and what they hand out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import msgspec
@@ -93,7 +93,7 @@ class Discovery(ABC):
         """
 
     @abstractmethod
-    def watch(self) -> AsyncIterator[Snapshot]:
+    def watch(self) -> AsyncGenerator[Snapshot, None]:
         """The whole view first, and again after each change, until `close`.
 
         Snapshots are whole, so a slow reader misses versions but never a difference; none is queued. Where the store is

@@ -4,7 +4,7 @@
 All users of one name live on one event loop; no lease is needed, since workers and watchers end together.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from tandem_protocol.discovery.feed import Feed
 from tandem_protocol.discovery.interface import Discovery, Registration, Snapshot, check_same_worker
@@ -73,7 +73,7 @@ class MemoryDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncIterator[Snapshot]:
+    def watch(self) -> AsyncGenerator[Snapshot, None]:
         """Every change is known at once."""
         self._store.attach(self._feed)
         return self._feed.follow()

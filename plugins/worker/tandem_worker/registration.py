@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a worker known in discovery, in the state that it is in, until it stops or its engine dies.
+
+Everything runs on the worker's event loop, except `follow`, which may be called from any thread. Serving never depends on it:
+what fails is logged once, counted, and tried again.
+"""
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+from prometheus_client import Counter, Gauge
+
+from tandem_protocol import workers
+from tandem_protocol.discovery import Discovery, Registration
+from tandem_protocol.errors import UnavailableError
+from tandem_protocol.workers import EventSource, WorkerRecord
+from tandem_worker.config import WorkerSettings
+from tandem_worker.status import WorkerState
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 0.5
+_LAST_RETRY_S = 10.0
+_LEAVE_TIMEOUT_S = 5.0
+_ANY_ADDRESS = frozenset({"", "*", "0.0.0.0", "::", "[::]"})  # noqa: S104 - compared with, not bound
+_STATES = {
+    WorkerState.STARTING: workers.WorkerState.STARTING,
+    WorkerState.READY: workers.WorkerState.READY,
+    WorkerState.DRAINING: workers.WorkerState.DRAINING,
+}
+"""A worker in any other state is not known in discovery."""
+
+FAILURES = Counter("tandem_discovery_failures", "Attempts to register or update this worker that failed", ["worker"])
+HELD = Gauge("tandem_discovery_registered", "1 while discovery holds this worker's record", ["worker"])
+
+
+@dataclass(frozen=True)
+class WorkerNames:
+    """How this worker is reached and told from others."""
+
+    triton_model: str
+    start_token: str
+    """Unique per start."""
+    admin_port: int
+    """As bound; -1 for none."""
+    loras: tuple[str, ...] = ()
+
+
+def build_record(settings: WorkerSettings, names: WorkerNames, config: Any) -> WorkerRecord:
+    """The record of a ready worker; `config` is the engine's own VllmConfig, after its engine cores have started."""
+    return WorkerRecord(
+        id=f"{names.triton_model}-{names.start_token}",
+        role=settings.effective_role,
+        state=workers.WorkerState.READY,
+        model=str(config.model_config.model),
+        grpc_url=settings.grpc_url,
+        triton_model=names.triton_model,
+        admin_url=_admin_url(settings, names.admin_port),
+        event_sources=_event_sources(config, reachable_host(settings)),
+        block_size=int(config.cache_config.block_size),
+        total_blocks=int(config.cache_config.num_gpu_blocks or 0),
+        max_num_seqs=int(config.scheduler_config.max_num_seqs),
+        max_num_batched_tokens=int(config.scheduler_config.max_num_batched_tokens),
+        loras=names.loras,
+    )
+
+
+def reachable_host(settings: WorkerSettings) -> str:
+    """Where others reach this host: as they reach its gRPC."""
+    host = urlsplit(f"//{settings.grpc_url}").hostname or "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _admin_url(settings: WorkerSettings, port: int) -> str:
+    if port < 0:
+        return ""
+    host = reachable_host(settings) if settings.admin_host in _ANY_ADDRESS else settings.admin_host
+    return f"http://{host}:{port}"
+
+
+def _event_sources(config: Any, host: str) -> tuple[EventSource, ...]:
+    """One per data-parallel rank: vLLM adds the rank to the port of a TCP endpoint (`ZmqEventPublisher.offset_endpoint_port`)."""
+    events = config.kv_events_config
+    if events is None or not events.enable_kv_cache_events or events.publisher != "zmq":
+        return ()
+
+    def source(rank: int) -> EventSource:
+        endpoint, replay = _endpoint(events.endpoint, host, rank), _endpoint(events.replay_endpoint, host, rank)
+        return EventSource(dp_rank=rank, endpoint=endpoint, replay_endpoint=replay)
+
+    return tuple(map(source, range(int(config.parallel_config.data_parallel_size))))
+
+
+def _endpoint(bound: str | None, host: str, rank: int) -> str:
+    """The address to connect to, of one that was bound."""
+    if not bound or not bound.startswith("tcp://"):
+        return bound or ""
+    address, _, port = bound.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{host if address in _ANY_ADDRESS else address}:{int(port) + rank}"
+
+
+class Presence(Protocol):
+    """What the host tells of its state, and asks."""
+
+    @property
+    def status(self) -> str | None:
+        """`registered` or `unregistered`; None without discovery."""
+
+    def follow(self, state: WorkerState) -> None:
+        """The worker is in this state from now on. Any thread; returns at once."""
+
+    async def leave(self) -> None:
+        """Ends the registration, within a bound; repeating it does nothing."""
+
+
+class Unregistered:
+    """Where there is no discovery."""
+
+    status = None
+
+    def follow(self, state: WorkerState) -> None:
+        """Nobody wants to know."""
+
+    async def leave(self) -> None:
+        """There is nothing to end."""
+
+
+class RegisteredPresence:
+    """Brings the record in discovery to the worker's state. Made on the event loop."""
+
+    def __init__(self, discovery: Discovery, record: WorkerRecord) -> None:
+        self._discovery = discovery
+        self._record = record
+        self._wanted: workers.WorkerState | None = None
+        self._registration: Registration | None = None
+        self._failed = 0
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = asyncio.create_task(self._run())
+        HELD.labels(record.triton_model).set_function(lambda: float(self.status == "registered"))
+
+    @property
+    def status(self) -> str:
+        """Whether discovery holds the latest record."""
+        return "registered" if self._registration is not None and self._registration.held else "unregistered"
+
+    def follow(self, state: WorkerState) -> None:
+        """Any thread."""
+        self._loop.call_soon_threadsafe(self._want, _STATES.get(state))
+
+    async def leave(self) -> None:
+        """Removes the record and closes discovery."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait([task], timeout=_LEAVE_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await self._discovery.close()
+        except TimeoutError:
+            log.warning("discovery.leave_timeout worker=%s: its record ends with its lease", self._record.id)
+        self._registration = None
+
+    async def step(self) -> None:
+        """One attempt to bring discovery to the wanted state. Raises UnavailableError."""
+        wanted = self._wanted
+        if wanted is None:
+            if self._registration is not None:
+                await self._registration.close()
+                self._registration = None
+        elif self._registration is None:
+            self._registration = await self._discovery.register(msgspec.structs.replace(self._record, state=wanted))
+            log.info("discovery.registered worker=%s state=%s", self._record.id, wanted)
+        elif self._registration.record.state is not wanted:
+            await self._registration.set_state(wanted)
+
+    def _want(self, state: workers.WorkerState | None) -> None:
+        self._wanted = state
+        self._changed.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self.step()
+                self._failed = 0
+            except UnavailableError as exc:
+                self._note(exc)
+                self._loop.call_later(_delay_s(self._failed), self._changed.set)
+
+    def _note(self, exc: UnavailableError) -> None:
+        self._failed += 1
+        FAILURES.labels(self._record.triton_model).inc()
+        if self._failed == 1:
+            log.warning("discovery.unavailable worker=%s error=%s: serving goes on, trying again", self._record.id, exc)
+
+
+def _delay_s(failures: int) -> float:
+    """Doubles from failure to failure; spread, since a whole fleet fails at once."""
+    return min(_FIRST_RETRY_S * 2.0 ** min(failures - 1, 10), _LAST_RETRY_S) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
