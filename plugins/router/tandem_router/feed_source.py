@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One publisher of KV events as the feed follows it: its sockets, its sequence, and its slot in the index.
+
+`step` and `tick` belong to the feed's thread; `detach` and `state` may be called from any.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from tandem_protocol.errors import TandemError
+from tandem_protocol.kv_events import AllBlocksCleared, Event, EventBatch, decode
+from tandem_protocol.workers import EventSource
+from tandem_router.feed_snapshot import Place
+from tandem_router.feed_sockets import Change, Link, parse_live, parse_replayed
+from tandem_router.sequence import Limits, Phase, Position, Sequence
+
+_log = logging.getLogger(__name__)
+_BURST = 256
+"""Frames of one publisher per wake-up, so that none keeps the others waiting."""
+_REPAIR_PAUSE_S = 1.0
+
+
+class Index(Protocol):
+    """What the feed needs of the index; `tandem_router.index.KvIndex` is one."""
+
+    def apply(self, slot: int, event: Event) -> Any:
+        """Takes one event of the worker and rank that `slot` stands for."""
+
+    def clear(self, slot: int) -> Any:
+        """Forgets all blocks of `slot`, in all tiers."""
+
+    def dump(self) -> bytes:
+        """All that the index holds."""
+
+    def load(self, raw: bytes) -> None:
+        """Becomes what `dump` gave."""
+
+
+class Observer(Protocol):
+    """Is told what reaches the index; called by the feed's thread, so it has to be quick. The null object is `Silent`."""
+
+    def applied(self, worker_id: str, dp_rank: int, batch: EventBatch) -> None:
+        """The index has taken a batch."""
+
+    def cleared(self, worker_id: str, dp_rank: int) -> None:
+        """All blocks of this source were forgotten: a first join or a resync."""
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def applied(self, worker_id: str, dp_rank: int, batch: EventBatch) -> None:
+        """Nothing."""
+
+    def cleared(self, worker_id: str, dp_rank: int) -> None:
+        """Nothing."""
+
+
+class SourceState(msgspec.Struct, frozen=True, kw_only=True):
+    """One publisher, as metrics and `tandem status` show it; for the counters see `sequence.Counts`."""
+
+    worker_id: str
+    dp_rank: int
+    endpoint: str
+    slot: int
+    connected: bool
+    synced: bool
+    last_seq: int
+    blocks: int
+    """Stored and removed, over all batches."""
+    lag_s: float
+    """From publication to the index, of the last batch, by both hosts' clocks."""
+    failures: int
+    """Exceptions of the index or the observer; each is followed by a resync."""
+    batches: int
+    duplicates: int
+    gaps: int
+    replays: int
+    unanswered: int
+    resyncs: int
+    restarts: int
+    malformed: int
+    overflows: int
+    lost: int
+
+
+class SourceFeed:
+    """Follows one publisher. It is the sequence's sink: what the sequence decides is done here."""
+
+    def __init__(
+        self, worker_id: str, source: EventSource, slot: int, *, link: Link, index: Index, observer: Observer,
+        wall: Callable[[], float], limits: Limits, resume: Position | None = None,
+    ) -> None:
+        """`wall`: seconds since the epoch, for the lag. `resume`: where the index's content of this slot ends."""
+        self.worker_id = worker_id
+        self.source = source
+        self.slot = slot
+        self.link = link
+        self.sequence = Sequence(self, repairable=bool(source.replay_endpoint), limits=limits, resume=resume)
+        self._index = index
+        self._observer = observer
+        self._wall = wall
+        self._gate = threading.Lock()
+        self._detached = False
+        self._blocks = 0
+        self._lag_s = 0.0
+        self._failures = 0
+        self._reopen_s: float | None = None
+
+    def step(self, now: float) -> None:
+        """Takes up to a burst of what arrived, without waiting. An exception of index or observer is counted, logged, and repaired."""
+        try:
+            self._step(now)
+        except Exception:
+            self._fail(now)
+
+    def tick(self, now: float) -> None:
+        """Acts on deadlines."""
+        if self._reopen_s is not None and now >= self._reopen_s:
+            self._reopen_s = None
+            self.link.reopen()
+        try:
+            self.sequence.tick(now)
+        except Exception:
+            self._fail(now)
+
+    def detach(self) -> None:
+        """After this returns nothing more reaches the index from here. Waits for one batch at most."""
+        with self._gate:
+            self._detached = True
+
+    def place(self) -> Place | None:
+        """Where the index's content of this source ends; None if it must be replayed from the beginning anyway."""
+        position = self.sequence.position
+        if position is None:
+            return None
+        return Place(self.worker_id, self.source.endpoint, self.source.dp_rank, self.slot, position)
+
+    def state(self) -> SourceState:
+        """A copy of all figures; those of a moving source may be some frames apart."""
+        return SourceState(
+            worker_id=self.worker_id, dp_rank=self.source.dp_rank, endpoint=self.source.endpoint, slot=self.slot,
+            connected=self.sequence.phase is not Phase.AWAY, synced=self.sequence.synced, last_seq=self.sequence.last_seq,
+            blocks=self._blocks, lag_s=self._lag_s, failures=self._failures, **vars(self.sequence.counts),
+        )
+
+    def apply(self, seq: int, payload: bytes) -> bool:
+        """Decodes and applies one batch."""
+        try:
+            batch = decode(payload)
+        except (msgspec.DecodeError, TandemError) as exc:
+            _log.warning("feed.malformed worker=%s dp_rank=%d seq=%d: %s", self.worker_id, self.source.dp_rank, seq, exc)
+            return False
+        with self._gate:
+            if not self._detached:
+                self._apply(batch)
+        return True
+
+    def clear(self) -> None:
+        """Forgets the slot."""
+        with self._gate:
+            if not self._detached:
+                self._index.clear(self.slot)
+                self._observer.cleared(self.worker_id, self.source.dp_rank)
+
+    def ask(self, start: int) -> None:
+        """Asks the publisher for a replay."""
+        self.link.ask(start)
+
+    def _apply(self, batch: EventBatch) -> None:
+        for event in batch.events:
+            self._index.apply(self.slot, event)
+            self._blocks += 0 if isinstance(event, AllBlocksCleared) else len(event.hashes)
+        self._lag_s = self._wall() - batch.timestamp_s
+        self._observer.applied(self.worker_id, self.source.dp_rank, batch)
+
+    def _step(self, now: float) -> None:
+        received = self.link.live(_BURST)
+        # Only now: whatever came over a connection that broke before this moment must not pass for the next one's.
+        for change in self.link.changes():
+            if change is Change.PARTED:
+                received = []
+                self.sequence.parted()
+            else:
+                self.sequence.joined(now)
+        for parts in received:
+            self._take_live(parts, now)
+        for _ in range(_BURST):
+            if not self._take_replayed(now):
+                break
+
+    def _take_live(self, parts: list[bytes], now: float) -> None:
+        frame = parse_live(parts)
+        if frame is None or frame.seq is None:
+            self.sequence.unreadable(now)
+        else:
+            self.sequence.live(frame.seq, frame.payload, now)
+
+    def _take_replayed(self, now: float) -> bool:
+        parts = self.link.replayed()
+        if parts is None:
+            return False
+        frame = parse_replayed(parts)
+        if frame is None:
+            self.sequence.unreadable(now)
+        elif frame.seq is None:
+            self.link.answered()
+            self.sequence.replay_ended(now)
+        else:
+            self.sequence.replayed(frame.seq, frame.payload, now)
+        return True
+
+    def _fail(self, now: float) -> None:
+        self._failures += 1
+        _log.exception("feed.failed worker=%s dp_rank=%d: it starts over", self.worker_id, self.source.dp_rank)
+        self.sequence.broken()
+        self._reopen_s = now + _REPAIR_PAUSE_S
