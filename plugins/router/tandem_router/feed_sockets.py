@@ -157,8 +157,8 @@ class Link:
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as exc:
-            socket.close(0)
             self.close()
+            socket.close(0)
             raise ConfigError(f"KV-event endpoint {endpoint!r} can't be connected to ({exc}): give tcp://host:port or ipc://path") from exc
         return socket
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from tandem_protocol.errors import TandemError
-from tandem_protocol.kv_events import AllBlocksCleared, Event, EventBatch, decode
+from tandem_protocol.kv_events import AllBlocksCleared, Event, EventBatch, Tier, decode
 from tandem_protocol.workers import EventSource
 from tandem_router.feed_snapshot import Place
 from tandem_router.feed_sockets import Change, Link, parse_live, parse_replayed
@@ -30,8 +30,8 @@ class Index(Protocol):
     def apply(self, slot: int, event: Event) -> Any:
         """Takes one event of the worker and rank that `slot` stands for."""
 
-    def clear(self, slot: int) -> Any:
-        """Forgets all blocks of `slot`, in all tiers."""
+    def clear(self, slot: int, tier: Tier) -> Any:
+        """Forgets what `slot` holds in one tier."""
 
     def dump(self) -> bytes:
         """All that the index holds."""
@@ -164,7 +164,8 @@ class SourceFeed:
         """Forgets the slot."""
         with self._gate:
             if not self._detached:
-                self._index.clear(self.slot)
+                for tier in Tier:
+                    self._index.clear(self.slot, tier)
                 self._observer.cleared(self.worker_id, self.source.dp_rank)
 
     def ask(self, start: int) -> None:
