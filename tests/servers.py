@@ -120,7 +120,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> floa
 
 def free_ports(count: int) -> int:
     """The first of `count` free consecutive ports, below the ephemeral range."""
-    for first in range(21000 + os.getpid() % 97 * 40, 30000, 10):
+    for first in range(21000 + os.getpid() % 97 * 40, 30000, 20):
         if all(_is_free(first + i) for i in range(count)):
             return first
     raise AssertionError("no free ports")
@@ -145,10 +145,10 @@ def tandem(run_dir: Path, *arguments: str, timeout_s: float = START_TIMEOUT_S, *
 @contextmanager
 def serve(run_dir: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """A server, stopped at the end."""
-    first = free_ports(16)
+    first = free_ports(20)
     server = Server(run_dir, first, first + 1, first + 2)
     variables = {"DYN_SYSTEM_PORT": str(first + 3), "DYN_VLLM_KV_EVENT_PORT": str(first + 8),
-                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12)}
+                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12), "TANDEM_ROUTER_ADMIN_PORT": str(first + 16)}
     ports = ["--http-port", str(first), "--grpc-port", str(first + 1), "--metrics-port", str(first + 2)]
     started = tandem(run_dir, "serve", "--detach", *ports, *arguments, **{**variables, **environment})
     try:

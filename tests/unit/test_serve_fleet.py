@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_cli.serve.fleet import Fleet, Hardware, Mode, plan_fleet
+from tandem_cli.serve.fleet import Counts, Fleet, Hardware, Mode, plan_fleet
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 
@@ -15,9 +15,9 @@ CPU = Hardware(cores=(0, 1, 2, 3, 4, 5), gpus=0)
 
 
 def plan(mode: Mode = Mode.BOTH, prefill: int = 1, decode: int = 1, only: Role | None = None, hardware: Hardware = CPU,
-         **arguments: Any) -> Fleet:
+         workers: int = 1, routers: int = 0, **arguments: Any) -> Fleet:
     """A fleet with defaults."""
-    return plan_fleet(mode, prefill, decode, only, hardware, arguments)
+    return plan_fleet(mode, Counts(workers, prefill, decode, routers), only, hardware, arguments)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,19 @@ def plan(mode: Mode = Mode.BOTH, prefill: int = 1, decode: int = 1, only: Role |
 def test_models_by_mode(mode: Mode, only: Role | None, names: tuple[str, ...]) -> None:
     """Workers first, then the ensembles that chain them."""
     assert plan(mode, only=only).model_names == names
+
+
+def test_several_aggregated_workers_and_routers() -> None:
+    """The router is one model however many instances it has."""
+    fleet = plan(Mode.AGG, workers=3, routers=2)
+    assert fleet.model_names == ("vllm", "vllm_1", "vllm_2", "router")
+    assert ([worker.index for worker in fleet.workers], fleet.routers) == ([0, 1, 2], 2)
+
+
+def test_negative_routers_are_refused() -> None:
+    """None is 0."""
+    with pytest.raises(ConfigError, match="--routers must be at least 0"):
+        plan(routers=-1)
 
 
 @pytest.mark.parametrize(("mode", "indexes"), [(Mode.AGG, [0]), (Mode.DISAGG, [1, 2]), (Mode.BOTH, [0, 1, 2])])

@@ -5,7 +5,7 @@ import argparse
 
 import pytest
 
-from tandem_cli.serve.fleet import Mode
+from tandem_cli.serve.fleet import Counts, Mode
 from tandem_cli.serve.options import ServeOptions, add_arguments, parse_options
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
@@ -32,7 +32,7 @@ def parse(*line: str) -> ServeOptions:
 def test_defaults() -> None:
     """Everything in one server, on Triton's own ports."""
     options = parse()
-    assert (options.model, options.mode, options.only, options.prefill, options.decode) == (None, Mode.BOTH, None, 1, 1)
+    assert (options.model, options.mode, options.only, options.counts) == (None, Mode.BOTH, None, Counts())
     assert (options.http_port, options.grpc_port, options.metrics_port) == (8000, 8001, 8002)
     assert (options.environment, options.engine_arguments, options.detach) == ({}, {}, False)
 

@@ -22,6 +22,7 @@ FLEET = Fleet(
         WorkerPlan("decode_2", Role.DECODE, 5, cores="1"),
     ),
     ensembles=(EnsemblePlan("disagg_1", "prefill_1", "decode_2"),),
+    routers=2,
 )
 
 
@@ -48,6 +49,11 @@ def test_a_model_is_named_after_its_folder(repository: Path, name: str) -> None:
     """Triton refuses it otherwise."""
     assert load_config(repository / name).name == name
     assert (repository / name / "1").is_dir()
+
+
+def test_each_router_instance_is_a_process(repository: Path) -> None:
+    """Triton starts a stub per instance."""
+    assert load_config(repository / "router").instance_group[0].count == 2
 
 
 @pytest.mark.parametrize("worker", FLEET.workers, ids=lambda worker: worker.name)

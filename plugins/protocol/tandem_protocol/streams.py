@@ -60,6 +60,11 @@ class ResponseStream:
         self._queued = False
         self._closed = False
 
+    @property
+    def outcome(self) -> str:
+        """`ok`, or the code of the error that ended it: for metrics."""
+        return "ok" if self._error is None else str(self._error.code).lower()
+
     def push(self, output: MergeableOutput) -> None:
         """Hands over the next output; `output.finished` ends the stream."""
         with self._lock:

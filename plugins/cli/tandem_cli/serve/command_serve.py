@@ -20,7 +20,7 @@ import psutil
 from tandem_cli.serve import options as serve_options
 from tandem_cli.serve.command_stop import stop_run
 from tandem_cli.serve.embedded_model import embedded_model
-from tandem_cli.serve.fleet import Fleet, Hardware, WorkerPlan, plan_fleet
+from tandem_cli.serve.fleet import ROUTER, Fleet, Hardware, WorkerPlan, plan_fleet
 from tandem_cli.serve.layout import RunFolder, run_folder, source_root
 from tandem_cli.serve.options import KV_SPACE_GIB, KV_SPACE_VARIABLE, ServeOptions, parse_options
 from tandem_cli.serve.preflight import GIB, Port, check_memory, check_model, check_ports, check_shared_memory, detect_hardware
@@ -30,6 +30,7 @@ from tandem_cli.serve.run_state import RUN_ID_VARIABLE, RunState, read_state, wr
 from tandem_cli.serve.tritonserver import find_triton, join_backends, server_command, server_environment
 from tandem_protocol.errors import ConfigError, EngineError
 from tandem_protocol.roles import Role
+from tandem_router.config import load_settings as load_router_settings
 from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.connectors import parse_connectors, transfer_config
@@ -48,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
     folder = run_folder(options.http_port)
     _refuse_second_run(folder)
     hardware = detect_hardware()
-    fleet = plan_fleet(options.mode, options.prefill, options.decode, options.only, hardware, options.engine_arguments)
+    fleet = plan_fleet(options.mode, options.counts, options.only, hardware, options.engine_arguments)
     settings = [_settings(worker, options) for worker in fleet.workers]
-    check_ports(_ports(options, settings))
+    routers = _router_ports(options)
+    check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers)])
     if options.model:
         check_model(options.model)
     options = replace(options, model=options.model or str(embedded_model()))
     environment = {**_discovery(options, folder), **_environment(options, fleet, hardware)}
-    state = _start(options, fleet, settings, folder, environment)
+    state = _start(options, fleet, settings, folder, environment, routers)
     return _serve(state, folder, options)
 
 
@@ -110,6 +112,12 @@ def _ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
     return ports
 
 
+def _router_ports(options: ServeOptions) -> list[int]:
+    """Admin ports of the router's instances; contradictions among its settings show now."""
+    first = load_router_settings({}, {**os.environ, **options.environment}).router_admin_port
+    return [first + i for i in range(options.counts.routers)] if first else []
+
+
 def _discovery(options: ServeOptions, folder: RunFolder) -> dict[str, str]:
     """One discovery for all workers of the run, and how routers reach them; what the caller's environment says wins, also to say none."""
     ours = {"TANDEM_DISCOVERY": f"file:{quote(str(folder.discovery.absolute()))}", "TANDEM_GRPC_URL": f"127.0.0.1:{options.grpc_port}"}
@@ -127,7 +135,8 @@ def _environment(options: ServeOptions, fleet: Fleet, hardware: Hardware) -> dic
     return environment
 
 
-def _start(options: ServeOptions, fleet: Fleet, settings: list[WorkerSettings], folder: RunFolder, environment: dict[str, str]) -> RunState:
+def _start(options: ServeOptions, fleet: Fleet, settings: list[WorkerSettings], folder: RunFolder, environment: dict[str, str],
+           router_ports: list[int]) -> RunState:
     install = find_triton()
     folder.path.mkdir(parents=True, exist_ok=True)
     write_repository(fleet, str(options.model), source_root() / "model_repository", folder.models)
@@ -141,7 +150,8 @@ def _start(options: ServeOptions, fleet: Fleet, settings: list[WorkerSettings], 
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )
     admin = {plan.name: f"http://{one.admin_host}:{one.effective_admin_port}" for plan, one in zip(fleet.workers, settings, strict=True)}
-    state = RunState(run_id, server.pid, psutil.Process(server.pid).create_time(), *ports, models=fleet.model_names, admin_urls=admin)
+    state = RunState(run_id, server.pid, psutil.Process(server.pid).create_time(), *ports, models=fleet.model_names, admin_urls=admin,
+                     router_urls=tuple(f"http://127.0.0.1:{port}" for port in router_ports))
     write_state(folder, state)
     print(f"starting {', '.join(fleet.model_names)} with {options.model} "
           f"(about a minute; log: {folder.log})", file=sys.stderr, flush=True)
@@ -170,13 +180,14 @@ def _follow(state: RunState, folder: RunFolder) -> int:
 
 
 def _summary(state: RunState, folder: RunFolder) -> str:
-    model = "disagg" if "disagg" in state.models else state.models[0]
+    model = next(name for name in (ROUTER, "disagg", *state.models) if name in state.models)
     lines = [
         f"ready: {', '.join(state.models)}",
         f"  HTTP     http://localhost:{state.http_port}",
         f"  gRPC     localhost:{state.grpc_port}",
         f"  metrics  http://localhost:{state.metrics_port}/metrics",
         *(f"  admin    {url} ({name})" for name, url in state.admin_urls.items() if not url.endswith(":-1")),
+        *(f"  admin    {url} (router)" for url in state.router_urls),
         f"  log      {folder.log}",
         "try:",
         (

@@ -8,6 +8,7 @@ from typing import Any
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 
+ROUTER = "router"
 MEMORY_SHARE = 0.9
 """vLLM's own default share of a GPU, divided among the engines that live on it."""
 
@@ -56,21 +57,38 @@ class Fleet:
 
     workers: tuple[WorkerPlan, ...]
     ensembles: tuple[EnsemblePlan, ...]
+    routers: int = 0
+    """Instances of the model `router`."""
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """Every model that must answer."""
-        return (*(worker.name for worker in self.workers), *(ensemble.name for ensemble in self.ensembles))
+        models = (*(worker.name for worker in self.workers), *(ensemble.name for ensemble in self.ensembles))
+        return (*models, ROUTER) if self.routers else models
 
 
-def plan_fleet(mode: Mode, prefill: int, decode: int, only: Role | None, hardware: Hardware, arguments: dict[str, Any]) -> Fleet:
+@dataclass(frozen=True)
+class Counts:
+    """How many of each kind one server runs."""
+
+    aggregated: int = 1
+    prefill: int = 1
+    decode: int = 1
+    routers: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.aggregated, self.prefill, self.decode) < 1:
+            raise ConfigError("--workers, --prefill and --decode must be at least 1")
+        if self.routers < 0:
+            raise ConfigError("--routers must be at least 0")
+
+
+def plan_fleet(mode: Mode, counts: Counts, only: Role | None, hardware: Hardware, arguments: dict[str, Any]) -> Fleet:
     """Plans a server. `only` is a role that this host serves alone, for prefill and decode on different hosts."""
-    if min(prefill, decode) < 1:
-        raise ConfigError("--prefill and --decode must be at least 1")
-    roles = _roles(mode, prefill, decode, only)
+    roles = _roles(mode, counts, only)
     workers = _place([WorkerPlan(name, role, index) for index, (name, role) in enumerate(roles, start=_first_index(roles))],
                      hardware, arguments)
-    return Fleet(workers, _ensembles(workers))
+    return Fleet(workers, _ensembles(workers), routers=counts.routers)
 
 
 def _first_index(roles: list[tuple[str, Role]]) -> int:
@@ -78,11 +96,12 @@ def _first_index(roles: list[tuple[str, Role]]) -> int:
     return 0 if any(role is Role.AGGREGATED for _, role in roles) else 1
 
 
-def _roles(mode: Mode, prefill: int, decode: int, only: Role | None) -> list[tuple[str, Role]]:
-    aggregated = [("vllm", Role.AGGREGATED)] if only is None and mode is not Mode.DISAGG else []
-    prefills = [(_numbered("prefill", i), Role.PREFILL) for i in range(prefill)] if _wants(Role.PREFILL, mode, only) else []
-    decodes = [(_numbered("decode", i), Role.DECODE) for i in range(decode)] if _wants(Role.DECODE, mode, only) else []
-    return [*aggregated, *prefills, *decodes]
+def _roles(mode: Mode, counts: Counts, only: Role | None) -> list[tuple[str, Role]]:
+    aggregated = counts.aggregated if only is None and mode is not Mode.DISAGG else 0
+    prefills = counts.prefill if _wants(Role.PREFILL, mode, only) else 0
+    decodes = counts.decode if _wants(Role.DECODE, mode, only) else 0
+    kinds = (("vllm", Role.AGGREGATED, aggregated), ("prefill", Role.PREFILL, prefills), ("decode", Role.DECODE, decodes))
+    return [(_numbered(name, i), role) for name, role, count in kinds for i in range(count)]
 
 
 def _wants(role: Role, mode: Mode, only: Role | None) -> bool:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem_cli.serve.engine_arguments import parse_engine_arguments
-from tandem_cli.serve.fleet import Mode
+from tandem_cli.serve.fleet import Counts, Mode
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
-from tandem_protocol.settings import parse_bool, parse_value, specs_of
+from tandem_protocol.settings import SettingSpec, parse_bool, parse_value, specs_of
+from tandem_router.config import RouterSettings
 from tandem_worker.config import WorkerSettings
 
 START_TIMEOUT_S = 900
@@ -30,8 +31,7 @@ class ServeOptions:
     model: str | None
     mode: Mode
     only: Role | None
-    prefill: int
-    decode: int
+    counts: Counts
     http_port: int
     grpc_port: int
     metrics_port: int
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder or hub id (default: TANDEM_MODEL, else the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--mode", choices=[mode.value for mode in Mode],
                         help="agg: model vllm; disagg: prefill, decode and the ensemble disagg; both (default): all of them")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="aggregated workers: vllm, vllm_1, ... (default 1)")
+    parser.add_argument("--routers", type=int, default=None, metavar="N",
+                        help="instances of the model router, each a process; 0 for none (default 1, and 0 for a host of one role)")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (default 1)")
     parser.add_argument("--http-port", type=int, default=8000, help="default 8000")
@@ -59,7 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, spec in specs_of(WorkerSettings).items():
         if spec.flag:
             _add_setting(workers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
+    routers = parser.add_argument_group("router settings", "see docs/configuration.md")
+    for name, spec in router_specs().items():
+        _add_setting(routers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
     parser.epilog = "Everything else is an engine argument of vLLM, e.g. --max-model-len 2048 --enforce-eager."
+
+
+def router_specs() -> dict[str, SettingSpec]:
+    """The router's settings that are flags. Where a worker has one of that name, the flag is the worker's."""
+    return {name: spec for name, spec in specs_of(RouterSettings).items() if spec.flag and name not in specs_of(WorkerSettings)}
 
 
 def _add_setting(group: Any, name: str, is_bool: bool, text: str) -> None:
@@ -82,8 +93,7 @@ def parse_options(args: argparse.Namespace) -> ServeOptions:
         model=args.model or os.environ.get("TANDEM_MODEL") or None,
         mode=Mode(args.mode or Mode.BOTH),
         only=only,
-        prefill=args.prefill,
-        decode=args.decode,
+        counts=Counts(args.workers, args.prefill, args.decode, _routers(args.routers, only)),
         http_port=args.http_port,
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,
@@ -96,13 +106,20 @@ def parse_options(args: argparse.Namespace) -> ServeOptions:
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
     environment = {}
-    for name, spec in specs_of(WorkerSettings).items():
+    for name, spec in (router_specs() | specs_of(WorkerSettings)).items():
         value = getattr(args, name, None) if spec.flag else None
         if value is not None:
             text = " ".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
             parse_value(spec, f"--{name.replace('_', '-')}", text)
             environment[spec.env] = text
     return environment
+
+
+def _routers(given: int | None, only: Role | None) -> int:
+    """A host of one role has only a part of the fleet, and without discovery there is none to route over."""
+    if given is not None:
+        return given
+    return 0 if only is not None or os.environ.get("TANDEM_DISCOVERY") == "" else 1
 
 
 def _only(flags: dict[str, str]) -> Role | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Waits until a starting server answers, showing how far each worker is, and says why when it doesn't."""
 
+import json
 import re
 import sys
 import time
@@ -77,7 +78,17 @@ def wait_until_ready(state: RunState, log: Path, timeout_s: float) -> None:
 def is_ready(state: RunState) -> bool:
     """Whether the server is ready and every model of the run is."""
     base = f"http://127.0.0.1:{state.http_port}/v2"
-    return all(_answers(url) for url in [f"{base}/health/ready", *(f"{base}/models/{name}/ready" for name in state.models)])
+    ready = all(_answers(url) for url in [f"{base}/health/ready", *(f"{base}/models/{name}/ready" for name in state.models)])
+    return ready and all(_places_all(url, len(state.admin_urls)) for url in state.router_urls)
+
+
+def _places_all(url: str, workers: int) -> bool:
+    """Whether a router has found and checked every worker of the run; those of others don't matter here."""
+    try:
+        with urllib.request.urlopen(f"{url}/fleet", timeout=_HTTP_TIMEOUT_S) as response:  # noqa: S310 - always http to this host
+            return sum(worker["placed"] for worker in json.load(response)["workers"]) >= workers
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
 
 
 def _answers(url: str) -> bool:

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tandem_cli.serve.fleet import EnsemblePlan, Fleet, WorkerPlan
+from tandem_cli.serve.fleet import ROUTER, EnsemblePlan, Fleet, WorkerPlan
 from tandem_protocol.roles import Role
 
 TEMPLATES = {Role.AGGREGATED: "vllm", Role.PREFILL: "prefill", Role.DECODE: "decode"}
@@ -21,6 +21,8 @@ def write_repository(fleet: Fleet, model: str, source: Path, target: Path) -> No
         _write_worker(worker, model, source / TEMPLATES[worker.role], target / worker.name)
     for ensemble in fleet.ensembles:
         _write_ensemble(ensemble, source / "disagg", target / ensemble.name)
+    if fleet.routers:
+        _write_router(fleet.routers, source / ROUTER, target / ROUTER)
 
 
 def _write_worker(worker: WorkerPlan, model: str, template: Path, folder: Path) -> None:
@@ -32,6 +34,12 @@ def _write_worker(worker: WorkerPlan, model: str, template: Path, folder: Path) 
     (folder / "config.pbtxt").write_text("\n".join([f'name: "{worker.name}"', *kept, *added]) + "\n")
     model_json = folder / "1" / "model.json"
     model_json.write_text(json.dumps({**json.loads(model_json.read_text()), **worker.arguments}, indent=2) + "\n")
+
+
+def _write_router(instances: int, template: Path, folder: Path) -> None:
+    shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", f"count: {instances}", 1))
 
 
 def _write_ensemble(ensemble: EnsemblePlan, template: Path, folder: Path) -> None:

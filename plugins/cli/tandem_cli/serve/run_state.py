@@ -29,6 +29,8 @@ class RunState(msgspec.Struct, frozen=True):
     models: tuple[str, ...]
     admin_urls: dict[str, str]
     """Worker name -> URL of its admin server."""
+    router_urls: tuple[str, ...] = ()
+    """Admin servers of the router's instances."""
 
     def is_running(self) -> bool:
         """Whether the very process that was started still runs."""

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admin server of one router: `/live`, `/health`, `/metrics`, `/fleet`, and `GET|POST /busy_threshold`.
+
+It runs on the router's event loop and listens on loopback by default.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from tandem_protocol.errors import ConfigError
+from tandem_router.busy import BusyThresholds
+from tandem_router.feed import EventFeed
+from tandem_router.fleet import Fleet
+from tandem_router.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_BODY = 64 * 1024
+_STOP_TIMEOUT_S = 2.0
+_FEED_COUNTS = ("batches", "blocks", "duplicates", "gaps", "replays", "unanswered", "resyncs", "restarts", "malformed", "overflows", "lost")
+
+
+class Served(Protocol):
+    """What the admin server shows of a router."""
+
+    name: str
+    fleet: Fleet
+    feed: EventFeed | None
+    metrics: RouterMetrics
+
+    @property
+    def active_requests(self) -> int:
+        """Requests in flight."""
+
+
+class AdminServer:
+    """Serves the admin routes of one router."""
+
+    def __init__(self, router: Served) -> None:
+        self._router = router
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, address: str, port: int) -> None:
+        """Listens. Raises ConfigError when the port is taken."""
+        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=_STOP_TIMEOUT_S)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, address, port).start()
+        except OSError as exc:
+            message = f"admin port {address}:{port} can't be opened ({exc.strerror}): set TANDEM_ROUTER_ADMIN_PORT to a free one"
+            raise ConfigError(message) from exc
+
+    async def stop(self) -> None:
+        """Closes the server."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _application(self) -> web.Application:
+        app = web.Application(client_max_size=_MAX_BODY)
+        app.add_routes([
+            web.get("/live", self._live),
+            web.get("/health", self._health),
+            web.get("/metrics", self._metrics),
+            web.get("/fleet", self._fleet),
+            web.get("/busy_threshold", self._thresholds),
+            web.post("/busy_threshold", self._set_thresholds),
+        ])
+        return app
+
+    async def _live(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "ready"})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        ready = bool(self._router.fleet.generating.workers)
+        return web.json_response(fleet_report(self._router), status=200 if ready else 503)
+
+    async def _fleet(self, _: web.Request) -> web.Response:
+        return web.json_response(fleet_report(self._router))
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        router = self._router
+        router.metrics.gauges(router.active_requests, _loads(router.fleet), _feed_counts(router.feed))
+        body = await asyncio.to_thread(router.metrics.exposition)
+        return web.Response(body=body, headers={"Content-Type": _METRICS_TYPE})
+
+    async def _thresholds(self, _: web.Request) -> web.Response:
+        return web.json_response(dataclasses.asdict(self._router.fleet.generating.thresholds))
+
+    async def _set_thresholds(self, request: web.Request) -> web.Response:
+        try:
+            thresholds = BusyThresholds(**await request.json())
+        except (ValueError, TypeError, ConfigError) as exc:
+            known = ", ".join(field.name for field in dataclasses.fields(BusyThresholds))
+            message = f"{exc}: send a JSON object of {known}, null for no limit"
+            raise web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json") from exc
+        for pool in self._router.fleet.pools.values():
+            pool.thresholds = thresholds
+        log.info("router.thresholds %s", thresholds)
+        return web.json_response(dataclasses.asdict(thresholds))
+
+
+def fleet_report(router: Served) -> dict[str, Any]:
+    """Every worker of the model, and why placement leaves it out."""
+    workers = [
+        {"id": record.id, "role": record.role, "state": record.state, "grpc_url": record.grpc_url, "triton_model": record.triton_model,
+         "admin_url": record.admin_url, "placed": not reason, "reason": reason}
+        for record, reason in router.fleet.members
+    ]
+    return {"router": router.name, "model": router.fleet.model, "active": router.active_requests, "workers": workers}
+
+
+def _loads(fleet: Fleet) -> Iterator[tuple[str, str, float]]:
+    for pool in fleet.pools.values():
+        for load in pool.loads():
+            name = f"{load.worker_id}/{load.dp_rank}"
+            yield name, "active_requests", load.active_requests
+            yield name, "active_prefill_tokens", load.active_prefill_tokens
+            yield name, "active_blocks", load.active_blocks
+            yield name, "busy", float(load.busy)
+
+
+def _feed_counts(feed: EventFeed | None) -> Iterator[tuple[str, str, float]]:
+    for state in feed.state() if feed is not None else ():
+        name = f"{state.worker_id}/{state.dp_rank}"
+        yield name, "synced", float(state.synced)
+        yield name, "lag_s", state.lag_s
+        for count in _FEED_COUNTS:
+            yield name, count, float(getattr(state, count))

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves one request: decode worker first, then prefill, then the stream, and on to another worker when one is lost.
+
+Runs on the router's event loop. What holds for every request, whatever happens to it:
+- its stream ends exactly once, with a final response or one error, after the tokens before it;
+- every ticket in the books is given back, and every worker that has something of it is told to stop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from tandem_protocol import handoff, tensors
+from tandem_protocol.errors import EngineError, TandemError, UnavailableError
+from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.roles import Role
+from tandem_protocol.streams import Arrays, ResponseStream
+from tandem_protocol.workers import WorkerRecord
+from tandem_router import wire
+from tandem_router.conditional import PrefillRoute, prefill_route
+from tandem_router.config import RouterSettings
+from tandem_router.connections import Connections, WorkerLostError
+from tandem_router.metrics import RouterMetrics
+from tandem_router.placement import Decision, Placement, RouteRequest
+from tandem_router.relay import Answer, Delta
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.05
+"""Between two looks for a worker while none takes the request."""
+
+
+class Pools(Protocol):
+    """The workers that a request can go to."""
+
+    @property
+    def generating(self) -> Placement:
+        """The pool that a request is generated on, for one leg of it."""
+
+    @property
+    def prefill(self) -> Placement | None:
+        """Prefill workers, or None while there are none or no decode workers."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A request with what placement needs to know of it."""
+
+    request: GenerationRequest
+    prompt_ids: list[int]
+    route: RouteRequest
+    deadline: float | None = None
+    """On the monotonic clock, from the request's own timeout."""
+    prefill_worker_id: str = ""
+    """The prefill worker that must be taken; empty for any."""
+
+
+@dataclass
+class Leg:
+    """One worker's part in an answer."""
+
+    pool: Placement
+    decision: Decision
+    started: bool = False
+
+
+class Dispatcher:
+    """Serves requests over the fleet."""
+
+    def __init__(self, pools: Pools, connections: Connections, settings: RouterSettings, metrics: RouterMetrics) -> None:
+        self._pools = pools
+        self._connections = connections
+        self._settings = settings
+        self._metrics = metrics
+
+    async def serve(self, routed: Routed, stream: ResponseStream) -> None:
+        """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
+        answer = Answer(routed.request, routed.prompt_ids)
+        try:
+            async with asyncio.timeout_at(routed.deadline and asyncio.get_running_loop().time() + routed.deadline - time.monotonic()):
+                await self._legs(routed, answer, stream)
+        except TimeoutError:
+            stream.fail(UnavailableError(f"request timed out after its own timeout of {routed.request.timeout_s} s"))
+        except TandemError as exc:
+            stream.fail(exc)
+        except Exception as exc:  # the root of the task: an uncaught error would leave the client waiting for ever
+            log.exception("request.failed")
+            stream.fail(EngineError(f"the router failed on this request: {exc}"))
+
+    async def _legs(self, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
+        """One leg after another until the answer is whole or the migration limit is reached."""
+        excluded: frozenset[str] = frozenset()
+        while True:
+            request, pool = answer.next_leg(), self._pools.generating
+            decision = await self._place(pool, _route_of(routed, request, excluded))
+            try:
+                await self._leg(routed, request, Leg(pool, decision), answer, stream)
+            except WorkerLostError as exc:
+                excluded |= {decision.worker.id}
+                pool.mark_down(decision.worker.id, self._settings.down_s)
+                self._lost(decision.worker, answer, exc)
+                if answer.complete:
+                    stream.push(Delta({tensors.TEXT_OUTPUT: wire.NO_TEXT, **_length_reached(answer)}, finished=True))
+                    return
+                if answer.legs > self._settings.migration_limit:
+                    raise UnavailableError(f"{exc} (after {answer.legs} workers, DYN_MIGRATION_LIMIT)") from exc
+            else:
+                return
+
+    def _lost(self, worker: WorkerRecord, answer: Answer, error: WorkerLostError) -> None:
+        log.warning("request.migrates worker=%s tokens=%d leg=%d: %s", worker.id, len(answer.tokens), answer.legs, error)
+        self._metrics.migrated("ongoing_request" if answer.started else "new_request")
+
+    async def _leg(self, routed: Routed, request: GenerationRequest, leg: Leg, answer: Answer, stream: ResponseStream) -> None:
+        """Runs the request on its generating worker, after a remote prefill where that is worth it."""
+        try:
+            if self._prefill_route(leg, routed).remote:
+                leg.pool.prefill_done(leg.decision.ticket)  # its tokens are computed elsewhere
+                request = replace(request, handoff=await self._remote_prefill(routed, request))
+            await self._relay(request, leg, routed, answer, stream)
+        finally:
+            leg.pool.free(leg.decision.ticket)
+
+    def _prefill_route(self, leg: Leg, routed: Routed) -> PrefillRoute:
+        if leg.decision.worker.role is Role.AGGREGATED:
+            return PrefillRoute(False, "the worker is an aggregated one")
+        prefill = self._pools.prefill
+        available = prefill is not None and bool(prefill.workers)
+        return prefill_route(leg.decision.non_cached_tokens, routed.route.isl, self._settings, prefill_available=available)
+
+    async def _remote_prefill(self, routed: Routed, request: GenerationRequest) -> dict[str, Any] | None:
+        """The handoff, or None where the decode worker has to prefill by itself. Raises if disaggregation is enforced."""
+        pool = self._pools.prefill
+        assert pool is not None
+        worker_id = ""
+        try:
+            decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, exclude=frozenset(), expected_output_tokens=0))
+            worker_id = decision.worker.id
+            return await self._prefill_on(pool, decision, request)
+        except (UnavailableError, EngineError) as exc:
+            if self._settings.enforce_disagg:
+                raise UnavailableError(f"remote prefill failed and disaggregation is enforced: {exc}") from exc
+            if isinstance(exc, WorkerLostError):
+                pool.mark_down(worker_id, self._settings.down_s)
+            log.warning("prefill.fell_back worker=%s: %s", worker_id, exc)
+            self._metrics.prefill_fell_back()
+            return None
+
+    async def _prefill_on(self, pool: Placement, decision: Decision, request: GenerationRequest) -> dict[str, Any]:
+        worker = decision.worker
+        message = wire.request_message(worker.triton_model, replace(request, stream=False, returns=frozenset(), prepend_input=False))
+        try:
+            answer = await self._connections.infer(worker.grpc_url, message, self._settings.prefill_timeout_s)
+        except asyncio.CancelledError:
+            # A unary call's cancellation doesn't always reach a model that is not decoupled.
+            await self._connections.abort(worker.grpc_url, worker.triton_model, request.request_id)
+            raise
+        finally:
+            pool.free(decision.ticket)
+        return handoff.decode(wire.response_arrays(answer)[tensors.KV_TRANSFER_PARAMS][0])
+
+    async def _relay(self, request: GenerationRequest, leg: Leg, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
+        """Passes the worker's responses on as they come."""
+        worker = leg.decision.worker
+        message = wire.request_message(worker.triton_model, request, _left_us(routed))
+        async with aclosing(self._stream(worker, message)) as responses:
+            async for response in responses:
+                arrays = wire.response_arrays(response)
+                self._note(leg, arrays)
+                stream.push(Delta(answer.receive(arrays), finished=wire.is_final(response)))
+
+    def _note(self, leg: Leg, arrays: Arrays) -> None:
+        """Keeps the books of this leg up to date."""
+        if arrays and not leg.started:
+            leg.started = True
+            leg.pool.prefill_done(leg.decision.ticket)
+            self._metrics.first_token(leg.decision, arrays)
+        if tensors.OUTPUT_IDS in arrays:
+            leg.pool.output_tokens(leg.decision.ticket, len(arrays[tensors.OUTPUT_IDS]))
+
+    async def _stream(self, worker: WorkerRecord, message: Any) -> AsyncGenerator[Any, None]:
+        """The worker's stream, with a deadline for each response."""
+        stream = self._connections.stream(worker.grpc_url, message)
+        timeout_s = self._settings.first_token_timeout_s
+        try:
+            while True:
+                async with asyncio.timeout(timeout_s):
+                    message = await anext(stream)
+                yield message
+                timeout_s = self._settings.next_token_timeout_s
+        except StopAsyncIteration:
+            return
+        except TimeoutError as exc:
+            raise WorkerLostError(f"worker {worker.id} sent nothing for {timeout_s:g} s") from exc
+        finally:
+            await stream.aclose()
+
+    async def _place(self, pool: Placement, route: RouteRequest) -> Decision:
+        """Chooses a worker, waiting for one within the placement deadline."""
+        deadline = time.monotonic() + self._settings.placement_timeout_s
+        while True:
+            started = time.perf_counter()
+            try:
+                decision = pool.choose(route)
+            except UnavailableError:
+                if time.monotonic() >= deadline or pool.workers:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self._metrics.decided(time.perf_counter() - started, decision)
+                return decision
+
+
+def _route_of(routed: Routed, request: GenerationRequest, excluded: frozenset[str]) -> RouteRequest:
+    isl = len(request.prompt) if isinstance(request.prompt, list) else routed.route.isl
+    return replace(routed.route, exclude=routed.route.exclude | excluded, isl=isl)
+
+
+def _left_us(routed: Routed) -> int:
+    return 0 if routed.deadline is None else max(1, int((routed.deadline - time.monotonic()) * 1e6))
+
+
+def _length_reached(answer: Answer) -> dict[str, Any]:
+    """The closing outputs of an answer whose every token came but whose end was lost."""
+    return {tensors.FINISH_REASON: wire.LENGTH_REASON} if tensors.FINISH_REASON in answer.request.returns else {}

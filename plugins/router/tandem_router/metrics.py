@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router's Prometheus metrics, in one place. Edge module: the only one of the router that knows prometheus_client."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tandem_protocol import tensors
+from tandem_protocol.streams import Arrays
+from tandem_router.placement import Decision
+
+_TIERS = ("gpu", "cpu", "storage")
+_DECISION_BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0)
+
+
+class RouterMetrics:
+    """What one router counts. Not thread-safe beyond prometheus_client's own locks."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._decisions = self._counter("decisions", "Placements by role.", "role")
+        self._latency = Histogram("tandem_router_decision_seconds", "Time of one placement: match, cost, choice and books.", ["role"],
+                                  buckets=_DECISION_BUCKETS, registry=self._registry)
+        self._tokenize = Histogram("tandem_router_tokenize_seconds", "Time to tokenize and hash a prompt.", registry=self._registry)
+        self._hits = self._counter("hit_blocks", "Prefix blocks that the chosen worker was known to hold.", "tier")
+        self._predicted = self._counter("predicted_cached_tokens", "Tokens that the index said were cached, of requests whose worker told.")
+        self._actual = self._counter("actual_cached_tokens", "Tokens that the worker said were cached.")
+        self._migrations = self._counter("model_migration", "Requests that moved to another worker.", "migration_type")
+        self._fallbacks = self._counter("prefill_fallbacks", "Remote prefills that failed, so that the decode worker prefilled.")
+        self._requests = self._counter("requests", "Requests that ended, by outcome.", "outcome")
+        self._active = Gauge("tandem_router_active_requests", "Requests in flight.", registry=self._registry)
+        by_worker = ["worker", "what"]
+        self._feed = Gauge("tandem_router_feed", "KV-event feed: counts since its start.", by_worker, registry=self._registry)
+        self._load = Gauge("tandem_router_worker_load", "Load in the router's books.", by_worker, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tandem_router_{name}", text, labels, registry=self._registry)
+
+    def decided(self, seconds: float, decision: Decision) -> None:
+        """One placement."""
+        self._decisions.labels(decision.worker.role).inc()
+        self._latency.labels(decision.worker.role).observe(seconds)
+        for tier, blocks in zip(_TIERS, decision.overlap, strict=True):
+            self._hits.labels(tier).inc(int(blocks))
+
+    def tokenized(self, seconds: float) -> None:
+        """One prompt."""
+        self._tokenize.observe(seconds)
+
+    def first_token(self, decision: Decision, arrays: Arrays) -> None:
+        """Compares the index with what the worker says, where the client asked for that."""
+        cached = arrays.get(tensors.NUM_CACHED_TOKENS)
+        if cached is not None:
+            self._predicted.inc(decision.cached_tokens)
+            self._actual.inc(int(cached[0]))
+
+    def migrated(self, kind: str) -> None:
+        """`new_request` before the first token, `ongoing_request` after it."""
+        self._migrations.labels(kind).inc()
+
+    def prefill_fell_back(self) -> None:
+        """One remote prefill failed."""
+        self._fallbacks.inc()
+
+    def ended(self, outcome: str) -> None:
+        """One request is over."""
+        self._requests.labels(outcome).inc()
+
+    def gauges(self, active: int, loads: Iterable[tuple[str, str, float]], feed: Iterable[tuple[str, str, float]]) -> None:
+        """Sets what is read off the router at each scrape; workers that left disappear."""
+        self._active.set(active)
+        self._load.clear()
+        self._feed.clear()
+        for worker, what, value in loads:
+            self._load.labels(worker, what).set(value)
+        for worker, what, value in feed:
+            self._feed.labels(worker, what).set(value)
+
+    def exposition(self) -> bytes:
+        """The text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One router: its event loop, the requests in flight, and everything that lives as long as it does.
+
+Threads: Triton calls `submit` and `stop` on the stub's main thread; the rest runs on the event loop's thread, except the KV-event
+feed, the outbox and the poll for cancelled clients, which have threads of their own.
+"""
+
+import asyncio
+import itertools
+import logging
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+
+import uvloop
+
+from tandem_protocol.cancellation import CancelPoll
+from tandem_protocol.discovery import open_discovery
+from tandem_protocol.errors import ConfigError, RequestCancelledError, TandemError, UnavailableError
+from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.streams import Outbox, ResponseStream, Sink
+from tandem_router.admin import AdminServer
+from tandem_router.answers import query_answer
+from tandem_router.config import RouterSettings
+from tandem_router.connections import Connections
+from tandem_router.dispatch import Dispatcher, Routed
+from tandem_router.feed import EventFeed
+from tandem_router.fleet import Fleet
+from tandem_router.index import KvIndex
+from tandem_router.metrics import RouterMetrics
+from tandem_router.overrides import Overrides
+from tandem_router.placement import RouteRequest
+from tandem_router.probe import EventProbe
+from tandem_router.prompts import Prompts, block_keys, load_tokenizer, lora_of
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 10.0
+
+
+@dataclass
+class _Active:
+    """A request in flight."""
+
+    request: GenerationRequest
+    stream: ResponseStream
+    task: asyncio.Task[None] | None = None
+
+
+class Router:
+    """Routes requests until `stop`."""
+
+    def __init__(self, settings: RouterSettings, instance: int = 0) -> None:
+        if not settings.discovery:
+            raise ConfigError("the router needs to know where workers register: set TANDEM_DISCOVERY, e.g. to file:/run/tandem/discovery")
+        self.settings = settings
+        self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self.metrics = RouterMetrics()
+        self.index = KvIndex()
+        self.feed = EventFeed(self.index) if settings.reads_events else None
+        self._instance = instance
+        self._outbox = Outbox()
+        self._active: dict[int, _Active] = {}
+        self._keys = itertools.count()
+        self._prompts: Prompts | None = None
+        self._loading = asyncio.Lock()
+        self._stopping = False
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="tandem-router", daemon=True)
+        self._poll = CancelPoll(lambda: self._active.values(), self._client_gone, settings.cancel_poll_s)
+
+    def start(self) -> None:
+        """Starts the threads; requests are taken from now on, and wait for the first worker within their deadline."""
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(_START_TIMEOUT_S)
+        if self.feed is not None:
+            self.feed.start()
+        self._poll.start()
+
+    def submit(self, request: GenerationRequest, overrides: Overrides, sink: Sink) -> None:
+        """Takes a request; its outcome goes to `sink`. Never blocks and never raises."""
+        self._loop.call_soon_threadsafe(self._admit, request, overrides, ResponseStream(sink, self._outbox))
+
+    def abort(self, request_id: str) -> None:
+        """Aborts every request in flight with this id."""
+        self._loop.call_soon_threadsafe(self._abort, request_id)
+
+    def stop(self) -> None:
+        """Ends what is in flight and closes everything, within a bound."""
+        self._stopping = True
+        self._poll.stop()
+        try:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_STOP_TIMEOUT_S)
+        except Exception:  # the rest must be closed whatever this ran into
+            log.exception("router.close_failed")
+        if self.feed is not None:
+            self.feed.close()
+        self._outbox.close(_STOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    @property
+    def active_requests(self) -> int:
+        """Requests in flight."""
+        return len(self._active)
+
+    # --- event loop ---
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    async def _open(self) -> None:
+        self.connections = Connections()
+        self._discovery = open_discovery(self.settings.discovery)
+        self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed)
+        self._dispatcher = Dispatcher(self.fleet, self.connections, self.settings, self.metrics)
+        self.fleet.start(EventProbe(self.connections, self.index, lambda: self.fleet.generating.block_size, self.name))
+        self._admin = AdminServer(self)
+        if self.settings.router_admin_port:
+            await self._admin.start(self.settings.router_admin_host, self.settings.router_admin_port + self._instance)
+
+    async def _close(self) -> None:
+        for active in tuple(self._active.values()):
+            self._cancel(active, UnavailableError("the router is shutting down: retry on another one"))
+        await asyncio.gather(*(active.task for active in self._active.values() if active.task), return_exceptions=True)
+        await self._admin.stop()
+        await self.fleet.close()
+        await self._discovery.close()
+        await self.connections.close()
+
+    def _admit(self, request: GenerationRequest, overrides: Overrides, stream: ResponseStream) -> None:
+        stream.encode = lambda delta: delta.arrays
+        if self._stopping or len(self._active) >= self.settings.max_queued_requests:
+            stream.fail(UnavailableError(f"the router holds {len(self._active)} requests (TANDEM_ROUTER_MAX_QUEUED_REQUESTS): retry later"))
+            self.metrics.ended("refused")
+            return
+        key = next(self._keys)
+        active = self._active[key] = _Active(request, stream)
+        active.task = self._loop.create_task(self._serve(request, overrides, stream))
+        active.task.add_done_callback(lambda task: self._done(key, task))
+
+    async def _serve(self, request: GenerationRequest, overrides: Overrides, stream: ResponseStream) -> None:
+        deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                routed = await self._route(request, overrides, deadline)
+        except TimeoutError:
+            stream.fail(UnavailableError(f"request timed out after its own timeout of {request.timeout_s} s"))
+            return
+        except TandemError as exc:
+            stream.fail(exc)
+            return
+        if overrides.query:
+            self._answer_query(routed, stream)
+            return
+        await self._dispatcher.serve(routed, stream)
+
+    def _answer_query(self, routed: Routed, stream: ResponseStream) -> None:
+        try:
+            stream.push(query_answer(routed, self.fleet, self.settings))
+        except TandemError as exc:
+            stream.fail(exc)
+
+    async def _route(self, request: GenerationRequest, overrides: Overrides, deadline: float | None) -> Routed:
+        """Tokenizes and hashes; waits for the first worker, which tells model and block size."""
+        prompts = self._prompts or await self._load_prompts()
+        started = time.perf_counter()
+        token_ids = await prompts.token_ids(request)
+        route = RouteRequest(
+            isl=len(token_ids), keys=block_keys(token_ids, self.fleet.generating.block_size, request), lora=lora_of(request),
+            worker_id=overrides.worker_id, overlap_weight=overrides.overlap_weight, temperature=overrides.temperature,
+            expected_output_tokens=overrides.expected_output_tokens, priority=request.priority,
+        )
+        self.metrics.tokenized(time.perf_counter() - started)
+        return Routed(request, token_ids, route, deadline, overrides.prefill_worker_id)
+
+    async def _load_prompts(self) -> Prompts:
+        await self._first_worker()
+        async with self._loading:
+            if self._prompts is None:
+                model = self.settings.router_tokenizer or self.fleet.model
+                self._prompts = Prompts(await asyncio.to_thread(load_tokenizer, model))
+        return self._prompts
+
+    async def _first_worker(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.placement_timeout_s):
+                while not self.fleet.generating.workers:
+                    self.fleet.changed.clear()
+                    await self.fleet.changed.wait()
+        except TimeoutError as exc:
+            raise UnavailableError(self._nobody()) from exc
+
+    def _nobody(self) -> str:
+        out = "; ".join(f"{record.id}: {reason}" for record, reason in self.fleet.members if reason)
+        return f"no worker is there to generate: {out or 'none is registered, start one or look at discovery'}"
+
+    def _abort(self, request_id: str) -> None:
+        for active in tuple(self._active.values()):
+            if active.request.request_id == request_id:
+                self._cancel(active, RequestCancelledError(f"request {request_id!r} was aborted"))
+
+    def _client_gone(self, active: _Active) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, active, RequestCancelledError("the client went away"))
+
+    def _cancel(self, active: _Active, error: TandemError) -> None:
+        active.stream.fail(error)
+        if active.task is not None:
+            active.task.cancel()
+
+    def _done(self, key: int, task: "asyncio.Task[None]") -> None:
+        active = self._active.pop(key)
+        if task.cancelled():
+            active.stream.fail(RequestCancelledError("the request was cancelled"))
+        elif (exc := task.exception()) is not None:
+            log.error("request.task_failed", exc_info=exc)
+            active.stream.fail(UnavailableError(f"the router failed on this request: {exc}"))
+        self.metrics.ended(active.stream.outcome)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton Python model `router`: the tensors of a worker, served by whichever worker is cheapest.
+
+`execute` only parses and hands over, so that many requests are in flight on one instance. Each instance of the model is a process
+with an index and books of its own.
+"""
+
+import json
+import logging
+import uuid
+from typing import Any
+
+from tandem_protocol import tensors, triton
+from tandem_protocol.errors import RequestError, TandemError
+from tandem_protocol.requests import Envelope, parse_request
+from tandem_protocol.roles import Role
+from tandem_protocol.triton import TritonSink
+from tandem_router.config import load_settings
+from tandem_router.index import warm_up
+from tandem_router.overrides import split
+from tandem_router.router import Router
+
+log = logging.getLogger(__name__)
+
+
+class TritonPythonModel:
+    """One router."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Declares the tensors of an aggregated worker: any client of a worker is a client of the router."""
+        role = Role.AGGREGATED
+        return triton.declare(auto_complete_model_config, tensors.inputs_of(role), tensors.outputs_of(role), decoupled=True)
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Starts the router; a wrong setting ends the load with one sentence."""
+        triton.configure_logging(args["model_instance_name"], "tandem_router")
+        try:
+            settings = load_settings(triton.parameters_of(json.loads(args["model_config"])))
+            warm_up()  # compiled now, not within the first request
+            self._router = Router(settings, _instance_index(args["model_instance_name"]))
+            self._router.start()
+        except TandemError as exc:
+            raise triton.load_failure(exc) from exc
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hands every request over; answers come through the response senders."""
+        for request in requests:
+            sink = TritonSink(request.get_response_sender())
+            try:
+                self._submit(request, sink)
+            except TandemError as exc:
+                sink.fail(exc)
+            except Exception as exc:  # one request's oddity must not fail the others of this batch
+                log.exception("request.rejected")
+                sink.fail(RequestError(f"the request could not be read: {exc}"))
+
+    def finalize(self) -> None:
+        """Ends what is in flight, closes everything."""
+        self._router.stop()
+
+    def _submit(self, request: Any, sink: TritonSink) -> None:
+        parameters = triton.request_parameters(request)
+        if tensors.ABORT_PARAMETER in parameters:
+            self._router.abort(str(parameters[tensors.ABORT_PARAMETER]))
+            sink.send({}, final=True)
+            return
+        overrides, rest = split(parameters)
+        envelope = Envelope(request_id=request.request_id() or uuid.uuid4().hex, parameters=rest, timeout_us=request.timeout())
+        parsed = parse_request(lambda name: triton.read_tensor(request, name), envelope, Role.AGGREGATED)
+        self._router.submit(parsed, overrides, sink)
+
+
+def _instance_index(instance_name: str) -> int:
+    """Triton numbers the instances of a group: `router_0_1` is the second."""
+    last = instance_name.rsplit("_", 1)[-1]
+    return int(last) if last.isdigit() else 0
