@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem_router.sequence import Limits, Phase, Position, Sequence, fingerprint
 
 _LIMITS = Limits(held_frames=6, remembered=4)

@@ -332,11 +332,11 @@ class Sequence:
             self._sink.clear()
 
     def _apply(self, seq: int, payload: bytes) -> bool:
+        applied = self._sink.apply(seq, payload)
         self._next = seq + 1
         self._recent[seq] = fingerprint(payload)
         if len(self._recent) > self._limits.remembered:
             del self._recent[next(iter(self._recent))]
-        applied = self._sink.apply(seq, payload)
         self.counts.batches += applied
         self.counts.malformed += not applied
         return applied
