@@ -59,11 +59,13 @@ class FakeIndex:
         self.hits.pop(name, None)
 
 
-def worker(name: str, *, role: Role = Role.AGGREGATED, state: WorkerState = WorkerState.READY, ranks: int = 1, **fields: Any) -> WorkerRecord:
+def worker(name: str, *, role: Role = Role.AGGREGATED, state: WorkerState = WorkerState.READY, ranks: int = 1,
+           **fields: Any) -> WorkerRecord:
     """A worker of 1,000 blocks."""
     figures: dict[str, Any] = {"block_size": BLOCK, "total_blocks": 1000, "max_num_seqs": 256, "max_num_batched_tokens": 2048} | fields
     sources = tuple(EventSource(dp_rank=rank, endpoint=f"tcp://{name}:{rank}") for rank in range(ranks))
-    return WorkerRecord(id=name, role=role, state=state, model="m", grpc_url=f"{name}:8001", triton_model="vllm", event_sources=sources, **figures)
+    return WorkerRecord(id=name, role=role, state=state, model="m", grpc_url=f"{name}:8001", triton_model="vllm", event_sources=sources,
+                        **figures)
 
 
 def workers(count: int, **fields: Any) -> list[WorkerRecord]:

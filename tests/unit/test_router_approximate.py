@@ -4,8 +4,8 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from router_fleet import Clock, prompt
 
+from router_fleet import Clock, prompt
 from tandem_router.approximate import Beliefs
 
 SMALL = st.integers(0, 4)

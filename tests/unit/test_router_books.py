@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from router_fleet import prompt
 
-from tandem_router.books import Add, BookEvent, Books, Free, Output, PlacedPrompt, PrefillDone, decode_event, encode_event
+from router_fleet import prompt
+from tandem_router.book_events import Add, BookEvent, Free, Output, PrefillDone, decode_event, encode_event
+from tandem_router.books import Books, PlacedPrompt
 from tandem_router.chains import ChainSet
 from tandem_router.cost import Loads
 

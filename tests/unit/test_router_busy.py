@@ -35,7 +35,9 @@ def test_settings_carry_thresholds() -> None:
     assert str(found) == "active_decode_blocks > 0.9, active_prefill_tokens_frac > 2"
 
 
-@pytest.mark.parametrize("thresholds", [{"active_decode_blocks": 85}, {"active_prefill_tokens": -1}, {"active_prefill_tokens_frac": float("nan")}])
+@pytest.mark.parametrize("thresholds", [
+    {"active_decode_blocks": 85}, {"active_prefill_tokens": -1}, {"active_prefill_tokens_frac": float("nan")},
+])
 def test_senseless_thresholds_are_refused(thresholds: dict[str, float]) -> None:
     """A percentage is not a share."""
     with pytest.raises(ConfigError, match=next(iter(thresholds))):

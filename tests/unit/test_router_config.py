@@ -67,8 +67,9 @@ def test_events_are_read_only_where_they_matter() -> None:
 
 def test_thresholds_can_be_unset() -> None:
     """An inherited threshold can be taken back."""
-    assert load_settings({"active_prefill_tokens_threshold": "10"}, {}).active_prefill_tokens_threshold == 10
-    assert load_settings({"active_prefill_tokens_threshold": "10"}, {"DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD": "none"}).active_prefill_tokens_threshold is None
+    parameters = {"active_prefill_tokens_threshold": "10"}
+    assert load_settings(parameters, {}).active_prefill_tokens_threshold == 10
+    assert load_settings(parameters, {"DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD": "none"}).active_prefill_tokens_threshold is None
 
 
 def test_every_setting_has_its_own_variable_and_a_reason() -> None:

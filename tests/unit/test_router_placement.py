@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from router_fleet import BLOCK, Clock, FakeIndex, placement, prompt, worker, workers
 
+from router_fleet import BLOCK, Clock, FakeIndex, placement, prompt, worker, workers
 from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerState
@@ -61,7 +61,7 @@ def test_cold_prompts_that_end_at_once_take_turns() -> None:
 @pytest.mark.parametrize("holders", [["w0"], [f"w{number}" for number in range(8)]])
 def test_a_shared_system_prompt_makes_no_herd(holders: list[str]) -> None:
     """64 requests in flight over 8 workers with one system prompt, cached by one or by all: nobody gets more than twice his share."""
-    placed = placement(workers(8), FakeIndex({name: (20, 0, 0) for name in holders}))
+    placed = placement(workers(8), FakeIndex(dict.fromkeys(holders, (20, 0, 0))))
     counts = Counter(chosen(placed, *(request(20, 10, seed) for seed in range(64))))
     assert len(counts) == 8
     assert max(counts.values()) <= 16
@@ -109,7 +109,8 @@ def test_without_events_decisions_are_the_index() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "expected"),
-    [(RouterMode.KV, {"w2": 6}), (RouterMode.ROUND_ROBIN, {"w0": 2, "w1": 2, "w2": 2}), (RouterMode.LEAST_LOADED, {"w0": 2, "w1": 2, "w2": 2})],
+    [(RouterMode.KV, {"w2": 6}), (RouterMode.ROUND_ROBIN, {"w0": 2, "w1": 2, "w2": 2}),
+     (RouterMode.LEAST_LOADED, {"w0": 2, "w1": 2, "w2": 2})],
 )
 def test_modes(mode: RouterMode, expected: dict[str, int]) -> None:
     """Six requests, of which w2 has a long prefix."""
@@ -128,6 +129,8 @@ def test_direct_takes_the_named_worker_only() -> None:
     """Without a name it refuses, even if there is just one worker to guess."""
     placed = placement(workers(2), router_mode=RouterMode.DIRECT)
     assert placed.choose(request(worker_id="w1")).worker.id == "w1"
+    ranks = placement([worker("w0", ranks=2)], router_mode=RouterMode.DIRECT)
+    assert [ranks.choose(request(worker_id="w0", seed=seed)).dp_rank for seed in range(2)] == [0, 1]
     for count in (1, 2):
         with pytest.raises(RequestError, match="worker_id"):
             placement(workers(count), router_mode=RouterMode.DIRECT).choose(request())
@@ -177,7 +180,7 @@ def test_adapters_go_where_they_are_loaded() -> None:
     placed = placement([worker("w0"), worker("w1", loras=("sql", "chat")), worker("w2", loras=("sql",))])
     assert set(chosen(placed, *(request(seed=seed, lora="sql") for seed in range(4)))) == {"w1", "w2"}
     assert chosen(placed, request(lora="chat")) == ["w1"]
-    with pytest.raises(RequestError, match="known are chat, sql"):
+    with pytest.raises(RequestError, match="Known: chat, sql"):
         placed.choose(request(lora="poetry"))
     with pytest.raises(RequestError, match="'w2' does not have"):
         placed.choose(request(lora="chat", worker_id="w2"))
@@ -316,7 +319,8 @@ def test_everything_ends_in_an_empty_pool() -> None:
     rng = np.random.default_rng(3)
     tickets = []
     for seed in range(100):
-        tickets.append(placed.choose(request(int(rng.integers(0, 9)), int(rng.integers(0, 9)), seed % 7, expected_output_tokens=seed)).ticket)
+        system, own = rng.integers(0, 9, 2).tolist()
+        tickets.append(placed.choose(request(system, own, seed % 7, expected_output_tokens=seed)).ticket)
         placed.output_tokens(tickets[-1], seed)
         if seed % 3:
             placed.prefill_done(tickets[-1])

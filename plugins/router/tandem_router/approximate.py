@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 from tandem_router.chains import ChainSet, depths
 
+_AT_ONCE = 4096
+"""Blocks dropped in one call: dropping 200,000 at once would stall the decisions behind it for tens of milliseconds."""
+_NOTHING = ChainSet()
+
 
 @dataclass
 class Ended:
@@ -37,6 +41,7 @@ class Beliefs:
         self._expiries: OrderedDict[tuple[int, int], float] = OrderedDict()
         """(slot, last key) -> when the belief ends; the time to live is one for all, so the order of renewal is that of expiry."""
         self._blocks = 0
+        self._shedding = False
 
     def __len__(self) -> int:
         """Blocks believed in, over all slots."""
@@ -52,15 +57,15 @@ class Beliefs:
             self._blocks += self._chains.setdefault(slot, ChainSet()).add(keys)
         self._expiries[belief] = self._clock() + self._ttl_s
         self._expiries.move_to_end(belief)
-        if self._blocks > self._max_blocks:
-            self._prune()
+        self._make_room(len(keys))
 
     def match(self, keys: Sequence[int], slots: NDArray[np.int64]) -> NDArray[np.int32]:
         """Leading blocks of a prompt that each slot is believed to hold, shape (len(slots),)."""
         self.expire()
         if not keys or not self._expiries:
             return np.zeros(len(slots), np.int32)
-        return depths([self._chains.setdefault(slot, ChainSet()) for slot in slots.tolist()], keys)
+        chain_of = self._chains.get
+        return depths([chain_of(slot, _NOTHING) for slot in slots.tolist()], keys)
 
     def remove(self, slot: int) -> None:
         """The slot's worker is gone, with all that it held."""
@@ -69,10 +74,11 @@ class Beliefs:
             del self._expiries[belief]
 
     def expire(self) -> None:
-        """Drops what is over; every other method that needs it calls it."""
-        now = self._clock()
-        while self._expiries and next(iter(self._expiries.values())) <= now:
-            self.ended.expired += self._end_earliest()
+        """Drops what is over; every other method that needs it calls it. After a pause the rest waits for the next call."""
+        now, gone = self._clock(), 0
+        while gone < _AT_ONCE and self._expiries and next(iter(self._expiries.values())) <= now:
+            gone += self._end_earliest()
+        self.ended.expired += gone
 
     def check_integrity(self) -> None:
         """AssertionError if a count is off or beliefs are out of order."""
@@ -82,9 +88,16 @@ class Beliefs:
         if expiries != sorted(expiries) or self._blocks != sum(map(len, self._chains.values())):
             raise AssertionError(f"beliefs are out of order or miscounted: {self._blocks} blocks in {len(expiries)} beliefs")
 
-    def _prune(self) -> None:
-        while self._blocks > self._keep_blocks and self._expiries:
+    def _make_room(self, added: int) -> None:
+        """Sheds down to the target over several calls, at least twice what is added in each; the bound itself always holds."""
+        self._shedding |= self._blocks > self._max_blocks
+        if not self._shedding:
+            return
+        step = max(self._keep_blocks, self._blocks - max(_AT_ONCE, 2 * added))
+        target = min(step, self._max_blocks)
+        while self._blocks > target:
             self.ended.pruned += self._end_earliest()
+        self._shedding = self._blocks > self._keep_blocks
 
     def _end_earliest(self) -> int:
         (slot, last_key), _ = self._expiries.popitem(last=False)

@@ -8,79 +8,19 @@ one data-parallel rank of one worker. Not thread-safe: the router's event loop a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem_router.book_events import Add, BookEvent, Free, Output, PrefillDone, Publisher, publish_nothing
 from tandem_router.chains import ChainSet, depths
 from tandem_router.cost import Loads
 
-
-class _Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    replica: str
-    """The router that placed the request."""
-    pool: str
-    """Role of the workers that it was placed among: each pool has its own books."""
-    ticket: int
-    """The request, unique within replica and pool."""
-
-
-class Add(_Event, frozen=True, kw_only=True, tag=True):
-    """A request was placed."""
-
-    worker: str
-    dp_rank: int
-    keys: bytes
-    """Keys of the prompt's full blocks, little-endian u64."""
-    isl: int
-    """Prompt length in tokens."""
-    block_size: int
-    prefill_tokens: int
-    """Prompt tokens that the worker must still compute; 0 once its prefill is done."""
-    expected_output_tokens: int = 0
-    """0 for unknown."""
-    produced: int = 0
-    """Tokens generated so far, for a replica that hears of the request late."""
-
-
-class PrefillDone(_Event, frozen=True, kw_only=True, tag=True):
-    """The prompt is computed."""
-
-
-class Output(_Event, frozen=True, kw_only=True, tag=True):
-    """The request has grown into another block."""
-
-    produced: int
-    """Tokens generated so far, all together."""
-
-
-class Free(_Event, frozen=True, kw_only=True, tag=True):
-    """The request is over."""
-
-
-BookEvent = Add | PrefillDone | Output | Free
-Publisher = Callable[[BookEvent], None]
 _Key = tuple[str, int]
-
-_ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[BookEvent] = msgspec.msgpack.Decoder(BookEvent)
-
-
-def encode_event(event: BookEvent) -> bytes:
-    """msgpack."""
-    return _ENCODER.encode(event)
-
-
-def decode_event(raw: bytes) -> BookEvent:
-    """Inverse of `encode_event`; raises msgspec.DecodeError for what is no event."""
-    return _DECODER.decode(raw)
-
-
-def publish_nothing(_event: BookEvent) -> None:
-    """The publisher of a router that has no replicas."""
+"""(replica, ticket)."""
 
 
 @dataclass(frozen=True)

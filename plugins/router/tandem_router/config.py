@@ -71,7 +71,7 @@ class RouterSettings:
     )
     router_kv_overlap_score_credit_decay: float = setting(
         env="DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY", default=0.0, parse=parse_float(0, 1000),
-        help="How fast that credit falls with a worker's prefill backlog beyond the shortest; 0 since the backlog is in the cost already.",
+        help="How fast that credit falls with a worker's backlog beyond the shortest; 0 since the backlog is in the cost already.",
     )
     router_host_cache_hit_weight: float = setting(
         env="DYN_ROUTER_HOST_CACHE_HIT_WEIGHT", default=0.75, parse=parse_float(0, 1),
@@ -185,7 +185,7 @@ class RouterSettings:
 
     router_model: str = setting(
         env="TANDEM_ROUTER_MODEL", default="", parse=str,
-        help="Model that this router serves, as its workers name it; empty takes the first worker's. Workers of another model are left alone.",
+        help="Model that this router serves, as its workers name it; empty takes the first worker's. Others are left alone.",
     )
     router_tokenizer: str = setting(
         env="TANDEM_ROUTER_TOKENIZER", default="", parse=str,

@@ -11,8 +11,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,94 +20,16 @@ from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerRecord
 from tandem_router.approximate import Beliefs
-from tandem_router.books import Books, PlacedPrompt, Publisher, publish_nothing
+from tandem_router.book_events import Publisher, publish_nothing
+from tandem_router.books import Books, PlacedPrompt
 from tandem_router.busy import BusyThresholds, busy
 from tandem_router.choice import Field, choose
 from tandem_router.config import RouterMode, RouterSettings
 from tandem_router.cost import Costs, Loads, Prompt, Terms, Weights, costs, explain
 from tandem_router.pool import Refusal, form_pool
+from tandem_router.routes import UNTRACKED, Decision, PrefixIndex, PrefixOverlap, RouteRequest, WorkerLoad
 
-NO_KEYS: NDArray[np.uint64] = np.zeros(0, np.uint64)
-UNTRACKED = 0
-"""Ticket of a decision that the books don't keep."""
-_NO_TIME = float("inf")
-
-
-class PrefixOverlap(Protocol):
-    """What an index knows of one prompt."""
-
-    @property
-    def blocks(self) -> NDArray[np.int32]:
-        """Leading blocks by their best tier, shape (3, slots): device, host, storage."""
-
-
-class PrefixIndex(Protocol):
-    """Who holds which blocks; slots are columns of its overlaps."""
-
-    def match(self, keys: NDArray[np.uint64]) -> PrefixOverlap:
-        """The overlap of a prompt with every slot; does not change the index."""
-
-    def add_worker(self, name: str, dp_rank: int) -> int:
-        """The slot of a worker's rank, made if it is new."""
-
-    def remove_worker(self, name: str) -> object:
-        """Forgets a worker with all its ranks; unknown names are nothing."""
-
-
-@dataclass(frozen=True, eq=False)
-class RouteRequest:
-    """One request to be placed."""
-
-    isl: int
-    """Prompt length in tokens."""
-    keys: NDArray[np.uint64] = field(default_factory=lambda: NO_KEYS)
-    """Chained keys of the prompt's full blocks, salted with the LoRA adapter; empty if prefixes don't matter."""
-    lora: str = ""
-    worker_id: str = ""
-    """The worker that must take it, whatever it costs and however busy it is; empty for any."""
-    exclude: frozenset[str] = frozenset()
-    """Worker ids that must not take it, for one that has failed there."""
-    overlap_weight: float | None = None
-    """In place of the settings' factor before the prefill term."""
-    temperature: float | None = None
-    expected_output_tokens: int = 0
-    """0 for unknown."""
-    track: bool = True
-    """False: the books don't keep the request, so nothing has to be freed."""
-    priority: int = 0
-    """For the queue before placement; cost and choice don't depend on it."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Where a request goes."""
-
-    ticket: int
-    """For `prefill_done`, `output_tokens` and `free`; UNTRACKED if there is nothing to free."""
-    worker: WorkerRecord
-    dp_rank: int
-    slot: int
-    """The worker's slot in the index."""
-    overlap: tuple[int, int, int]
-    """Leading blocks found on its device, in its host memory, in its storage."""
-    cached_tokens: int
-    non_cached_tokens: int
-    """What must be computed; never 0, since vLLM computes the last prompt token again."""
-    terms: tuple[Terms, ...]
-    """Of all candidates; only from `peek`."""
-
-
-@dataclass(frozen=True)
-class WorkerLoad:
-    """What the books hold for one rank of a worker."""
-
-    worker_id: str
-    dp_rank: int
-    active_requests: int
-    active_prefill_tokens: int
-    active_blocks: float
-    total_blocks: int
-    busy: bool
+__all__ = ["UNTRACKED", "Decision", "Placement", "PrefixIndex", "PrefixOverlap", "RouteRequest", "WorkerLoad"]
 
 
 @dataclass(frozen=True)
@@ -224,12 +145,15 @@ class Placement:
         )
 
     def _choose(self, request: RouteRequest, found: _Candidates) -> int:
-        if len(found.positions) == 1 and (request.worker_id or self._settings.router_mode is not RouterMode.DIRECT):
+        mode = self._settings.router_mode
+        if request.worker_id and mode is RouterMode.DIRECT:
+            mode = RouterMode.KV  # among the named worker's ranks
+        if len(found.positions) == 1 and mode is not RouterMode.DIRECT:
             return 0
         last_chosen = self._last_chosen[self._pool.columns[found.positions]]
         temperature = self._settings.router_temperature if request.temperature is None else request.temperature
         candidates = Field(found.costs.total, found.loads.requests, found.loads.blocks, last_chosen)
-        return choose(self._settings.router_mode, candidates, temperature, self._rng)
+        return choose(mode, candidates, temperature, self._rng)
 
     def _candidates(self, request: RouteRequest, keys: list[int]) -> _Candidates:
         positions = self._eligible(request)

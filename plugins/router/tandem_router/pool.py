@@ -44,7 +44,7 @@ class Pool:
         positions = self._where([lora in record.loras for record in self.records])
         if not len(positions):
             known = sorted({name for record in self.records for name in record.loras})
-            raise RequestError(f"LoRA adapter {lora!r} is on no worker: load it with POST /v1/loras; known are {', '.join(known) or 'none'}")
+            raise RequestError(f"LoRA adapter {lora!r} is on no worker: load it with POST /v1/loras. Known: {', '.join(known) or 'none'}")
         return positions
 
     def without(self, positions: Positions, worker_ids: Collection[str]) -> Positions:
