@@ -17,7 +17,7 @@ from tandem_protocol.compiled import read_only
 from tandem_protocol.errors import ConfigError, TandemError
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Tier
 from tandem_protocol.kv_events import warm_up as warm_up_events
-from tandem_router import holdings, index_table
+from tandem_router import holdings, index_table, snapshot
 from tandem_router.index_counts import ApplyResult, IndexStats, SlotInfo
 from tandem_router.members import Member, capacity_for
 from tandem_router.orphans import Orphan, Orphans
@@ -132,6 +132,27 @@ class KvIndex:
             for slot in range(bits.shape[1]):
                 self._check_slot(slot, bits[:, slot])
 
+    # Snapshots
+
+    def dump(self) -> bytes:
+        """Everything but orphans, for `load`."""
+        with self._writing:
+            return snapshot.pack(self._in_use())
+
+    def load(self, raw: bytes) -> None:
+        """Fills an empty index from `dump`. Raises ConfigError if it isn't empty, the snapshot is none or too big; TandemError if it is damaged."""
+        with self._writing:
+            if self._members:
+                raise ConfigError("a snapshot is loaded into an index that has workers: load it before the first add_worker")
+            loaded = snapshot.unpack(raw)
+            if sum(member.held for member, _ in loaded) > self._max_blocks:
+                raise ConfigError(f"the snapshot holds more than max_blocks {self._max_blocks}: raise it, or delete the snapshot")
+            for member, required in loaded:
+                self._enter(member)
+                for tier in Tier:
+                    self._require(member, tier, required[tier])
+            self.check_integrity()
+
     # Below: the caller holds `_writing`.
 
     def _in_use(self) -> list[Member]:
@@ -151,11 +172,14 @@ class KvIndex:
         slot = free[0] if free else len(self._members)
         if slot >= _MAX_SLOTS:
             raise ConfigError(f"more than {_MAX_SLOTS} dp ranks: give each router fewer workers")
-        self._reshape(max(self._words, slot // 64 + 1), self._planes)
-        member = Member(slot, name, dp_rank, block_size)
-        with self._reading:
-            self._members[slot : slot + 1] = [member]
+        self._enter(Member(slot, name, dp_rank, block_size))
         return slot
+
+    def _enter(self, member: Member) -> None:
+        self._reshape(max(self._words, member.slot // 64 + 1), self._planes)
+        with self._reading:
+            self._members.extend([None] * (member.slot + 1 - len(self._members)))
+            self._members[member.slot] = member
 
     def _store(self, member: Member, event: BlockStored) -> ApplyResult:
         size = len(event.hashes)

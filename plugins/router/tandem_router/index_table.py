@@ -15,7 +15,7 @@ Rows = NDArray[np.uint64]
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
-_AHEAD = 24
+_AHEAD = 48
 """How many blocks ahead of the current one a lookup asks for the row: about a memory latency."""
 
 
@@ -117,48 +117,77 @@ def count_bits(rows: Rows, words: Int, counts: NDArray[np.int64]) -> Int:
 
 
 @inlined
-def _change(changed: Int, word: Int, index: Int, state: Rows, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
-    """Books the run that ends at `index` for each slot in `changed`, to the tier that it was in."""
-    while changed != _ZERO:
-        bit = changed & (~changed + _ONE)
-        changed ^= bit
-        slot = np.uint64(word * 64) + trailing_zeros(bit)
-        for plane in range(len(state)):
-            if state[plane, word] & bit:
-                blocks[plane, slot] += index - since[slot]
-        since[slot] = index
-
-
-@inlined
-def _step(rows: Rows, row: Int, words: Int, index: Int, state: Rows, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> Int:
-    """Moves all slots on over one block; whether any is left. `state` [planes, words]: who is still on its prefix, by best tier."""
-    left = _ZERO
-    for word in range(words):
-        alive = _ZERO
-        for plane in range(len(state)):
-            alive |= state[plane, word]
-        changed = _ZERO
-        for plane in range(len(state)):
-            mask = rows[row, 1 + plane * words + word] & alive
-            changed |= mask ^ state[plane, word]
-            alive &= ~mask
-        changed |= alive
-        if changed != _ZERO:
-            _change(changed, word, index, state, since, blocks)
-            _advance(rows, row, words, word, state)
-        for plane in range(len(state)):
-            left |= state[plane, word]
-    return left != _ZERO
-
-
-@inlined
 def _advance(rows: Rows, row: Int, words: Int, word: Int, state: Rows) -> None:
+    """Sorts the slots of a word that are still on their prefix by the best tier that holds this block; the others fall out."""
     alive = _ZERO
     for plane in range(len(state)):
         alive |= state[plane, word]
     for plane in range(len(state)):
         state[plane, word] = rows[row, 1 + plane * words + word] & alive
         alive &= ~state[plane, word]
+
+
+@inlined
+def _turn(rows: Rows, row: Int, words: Int, index: Int, state: Rows, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> Int:
+    """Books and moves all slots whose best tier is another from block `index` on; whether any slot is left."""
+    left = _ZERO
+    before = np.empty(len(state), np.uint64)
+    for word in range(words):
+        before[:] = state[:, word]
+        _advance(rows, row, words, word, state)
+        changed = _ZERO
+        for plane in range(len(state)):
+            changed |= before[plane] ^ state[plane, word]
+            left |= state[plane, word]
+        _book(changed, before, word, index, since, blocks)
+    return left != _ZERO
+
+
+@inlined
+def _book(changed: Int, tiers: Rows, word: Int, index: Int, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
+    """Ends at `index` the run of each slot in `changed`, in the tier that it was in by `tiers` [planes]."""
+    while changed != _ZERO:
+        slot = np.uint64(word * 64) + trailing_zeros(changed)
+        bit = changed & (~changed + _ONE)
+        for plane in range(len(tiers)):
+            if tiers[plane] & bit != _ZERO:
+                blocks[plane, slot] += index - since[slot]
+        since[slot] = index
+        changed ^= bit
+
+
+@inlined
+def _stays(rows: Rows, row: Int, words: Int, state: Rows) -> Int:
+    """Whether every slot that is on its prefix has this block in the same best tier as the one before."""
+    for word in range(words):
+        alive = _ZERO
+        for plane in range(len(state)):
+            alive |= state[plane, word]
+        for plane in range(len(state)):
+            mask = rows[row, 1 + plane * words + word] & alive
+            if mask != state[plane, word]:
+                return False
+            alive &= ~mask
+    return True
+
+
+@inlined
+def _run(rows: Rows, keys: NDArray[np.uint64], begin: Int, words: Int, state: Rows) -> Int:
+    """First block from `begin` on at which anything changes for any slot; len(keys) if nothing does."""
+    last, base, stride = np.uint64(len(rows) - 1), np.uint64(rows.ctypes.data), np.uint64(8 * rows.shape[1])
+    for ahead in range(begin, min(begin + _AHEAD, len(keys))):
+        prefetch(base + (keys[ahead] & last) * stride)
+    plain, mask = len(state) == 1 and words == 1, state[0, 0]
+    for index in range(begin, len(keys)):
+        if index + _AHEAD < len(keys):
+            prefetch(base + (keys[index + _AHEAD] & last) * stride)
+        row = find(rows, keys[index])
+        if plain:
+            if rows[row, 1] & mask != mask:
+                return index
+        elif not _stays(rows, row, words, state):
+            return index
+    return len(keys)
 
 
 @compiled
@@ -170,25 +199,16 @@ def match_prefix(rows: Rows, words: Int, keys: NDArray[np.uint64], blocks: NDArr
     """
     planes = (rows.shape[1] - 1) // words
     state = np.zeros((planes, words), np.uint64)
+    state[0] = ~_ZERO  # before the first block everybody is on its prefix
     since = np.zeros(64 * words, np.int32)
-    last, base, stride = np.uint64(len(rows) - 1), np.uint64(rows.ctypes.data), np.uint64(8 * rows.shape[1])
-    index, more = 0, len(keys) > 0
-    if more:
-        row = find(rows, keys[0])
-        for word in range(words):
-            state[0, word] = ~_ZERO  # before the first block everybody is on its prefix; `_advance` sorts them by tier
-            _advance(rows, row, words, word, state)
-    for ahead in range(min(_AHEAD, len(keys))):
-        prefetch(base + (keys[ahead] & last) * stride)
-    while more:
-        if index + _AHEAD < len(keys):
-            prefetch(base + (keys[index + _AHEAD] & last) * stride)
-        more = _step(rows, find(rows, keys[index]), words, index, state, since, blocks)
-        index += 1
-        if more and index == len(keys):
-            more = False
+    index, left = 0, len(keys) > 0
+    while left:
+        left = _turn(rows, find(rows, keys[index]), words, index, state, since, blocks)
+        index = _run(rows, keys, index + 1, words, state) if left else index
+        if index == len(keys):
+            left = False
             for word in range(words):
                 everybody = _ZERO
                 for plane in range(planes):
                     everybody |= state[plane, word]
-                _change(everybody, word, index, state, since, blocks)
+                _book(everybody, np.ascontiguousarray(state[:, word]), word, index, since, blocks)

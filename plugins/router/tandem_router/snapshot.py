@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The index as bytes, so that a restarted router is warm: a NumPy archive of what each slot holds. No pickle."""
+
+import io
+import zipfile
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+from tandem_protocol.errors import ConfigError
+
+from tandem_router.holdings import copy_holdings, empty_holdings
+from tandem_router.members import Member, capacity_for
+
+_VERSION = 1
+
+
+class _Slot(msgspec.Struct, frozen=True):
+    slot: int
+    name: str
+    dp_rank: int
+    block_size: int
+    seen: list[int]
+    full: int
+    partial: int
+    required: list[int]
+
+
+class _Header(msgspec.Struct, frozen=True):
+    version: int
+    slots: list[_Slot]
+
+
+def pack(members: Iterable[Member]) -> bytes:
+    """All members, 24 bytes per block that one holds."""
+    arrays, slots = {}, []
+    for m in members:
+        slots.append(_Slot(m.slot, m.name, m.dp_rank, m.block_size, m.seen, m.full, m.partial, m.required.tolist()))
+        arrays[f"rows{m.slot}"] = m.rows[m.rows[:, 1] != 0]
+    arrays["header"] = np.frombuffer(msgspec.json.encode(_Header(_VERSION, slots)), np.uint8)
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def unpack(raw: bytes) -> list[tuple[Member, list[int]]]:
+    """Members that aren't in any index yet, each with the groups it requires by tier. Raises ConfigError for what is no snapshot."""
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
+            header = msgspec.json.decode(archive["header"].tobytes(), type=_Header)
+            if header.version != _VERSION:
+                raise ConfigError(f"the index snapshot has version {header.version}, this router reads {_VERSION}: delete it")
+            return [(_member(slot, archive[f"rows{slot.slot}"]), slot.required) for slot in header.slots]
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, msgspec.MsgspecError) as exc:
+        raise ConfigError(f"not a snapshot of the KV index ({exc}): delete it, the index fills from events") from exc
+
+
+def _member(slot: _Slot, rows: np.ndarray) -> Member:  # type: ignore[type-arg]  # checked right here
+    if rows.dtype != np.uint64 or rows.ndim != 2 or rows.shape[1] != 3 or not 0 <= slot.slot < 4096 or len(slot.required) != 3 or len(slot.seen) != 3:
+        raise ValueError("an array has another shape")
+    member = Member(slot.slot, slot.name, slot.dp_rank, slot.block_size, seen=slot.seen, full=slot.full, partial=slot.partial)
+    member.rows = empty_holdings(capacity_for(max(len(rows), 1024)))
+    member.held = copy_holdings(np.ascontiguousarray(rows), member.rows)
+    return member
