@@ -19,7 +19,7 @@ from tandem_protocol.workers import EventSource
 from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
 from tandem_router.index import KvIndex
-from tandem_router.sequence import Limits
+from tandem_router.sequence_terms import Limits
 
 _WAIT_S = 30.0
 _BLOCK = 4

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_router.sequence import Limits, Phase, Position, Sequence, fingerprint
+from tandem_router.sequence import Sequence
+from tandem_router.sequence_terms import Limits, Phase, Position, fingerprint
 
 _LIMITS = Limits(held_frames=6, remembered=4)
 

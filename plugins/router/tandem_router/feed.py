@@ -21,11 +21,13 @@ from tandem_protocol.workers import EventSource
 from tandem_router.feed_snapshot import Place, Snapshot, read_snapshot, write_snapshot
 from tandem_router.feed_sockets import Link
 from tandem_router.feed_source import Index, Observer, Silent, SourceFeed, SourceState
-from tandem_router.sequence import Limits, Position
+from tandem_router.sequence_terms import Limits, Position
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.05
 """How late a deadline may be noticed."""
+_MAX_SOCKETS = 1 << 15
+"""ZMQ's own 1,023 end at some 250 ranks: each takes four."""
 _CLOSE_S = 5.0
 _PAUSE_S = 10.0
 """How long `save` waits for the thread to come to the end of a round."""
@@ -45,13 +47,15 @@ class EventFeed:
         self._wall = wall
         self._limits = limits or Limits()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._places: dict[tuple[str, str, int], Place] = {}
         self._guard = threading.Lock()
-        """Over the next three."""
+        """Over the sources, the retired ones and `_closing`."""
         self._sources: tuple[SourceFeed, ...] = ()
         self._retired: list[SourceFeed] = []
         self._closing = False
+        self._ended = threading.Event()
         self._round = threading.Lock()
         """Held while frames are being applied: between rounds index and positions agree."""
         self._synced_changed = threading.Condition()
@@ -130,6 +134,7 @@ class EventFeed:
             if self._closing:
                 return
             self._closing = True
+        self._ended.set()
         self._ring()
         if self._thread.ident is not None:
             self._thread.join(_CLOSE_S)
@@ -161,7 +166,12 @@ class EventFeed:
 
     def _run(self) -> None:
         while not self._closing:
-            self._turn(self._poll())
+            try:
+                self._turn(self._poll())
+            except Exception:
+                _log.exception("feed.round_failed: it goes on")
+                self._watched = None
+                self._ended.wait(_TICK_S)
 
     def _poll(self) -> list[SourceFeed]:
         """Waits for frames, at most until the next tick; returns the sources that have some."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from tandem_protocol.errors import ConfigError
-from tandem_router.sequence import Position
+from tandem_router.sequence_terms import Position
 
 _FORMAT = 1
 

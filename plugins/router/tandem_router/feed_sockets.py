@@ -98,7 +98,8 @@ class Link:
 
     def sockets(self) -> "list[zmq.Socket[bytes]]":
         """All that a poller should watch now; others when `version` is another."""
-        return [self._sub, self._monitor, *([] if self._replay is None else [self._replay])]
+        known = [self._sub, self._monitor, *([] if self._replay is None else [self._replay])]
+        return [socket for socket in known if not socket.closed]  # closed ones are left by a subscription that failed
 
     def live(self, limit: int) -> list[list[bytes]]:
         """Up to `limit` messages of the subscription, without waiting."""

@@ -16,7 +16,8 @@ from tandem_protocol.kv_events import AllBlocksCleared, Event, EventBatch, Tier,
 from tandem_protocol.workers import EventSource
 from tandem_router.feed_snapshot import Place
 from tandem_router.feed_sockets import Change, Link, parse_live, parse_replayed
-from tandem_router.sequence import Limits, Phase, Position, Sequence
+from tandem_router.sequence import Sequence
+from tandem_router.sequence_terms import Limits, Phase, Position
 
 _log = logging.getLogger(__name__)
 _BURST = 256
@@ -61,7 +62,7 @@ class Silent:
 
 
 class SourceState(msgspec.Struct, frozen=True, kw_only=True):
-    """One publisher, as metrics and `tandem status` show it; for the counters see `sequence.Counts`."""
+    """One publisher, as metrics and `tandem status` show it; for the counters see `sequence_terms.Counts`."""
 
     worker_id: str
     dp_rank: int
@@ -120,10 +121,10 @@ class SourceFeed:
 
     def tick(self, now: float) -> None:
         """Acts on deadlines."""
-        if self._reopen_s is not None and now >= self._reopen_s:
-            self._reopen_s = None
-            self.link.reopen()
         try:
+            if self._reopen_s is not None and now >= self._reopen_s:
+                self._reopen_s = None
+                self.link.reopen()
             self.sequence.tick(now)
         except Exception:
             self._fail(now)
