@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from router_fleet import prompt
 from tandem_router.book_events import Add, BookEvent, Free, Output, PrefillDone, decode_event, encode_event
 from tandem_router.books import Books, PlacedPrompt
-from tandem_router.chains import ChainSet
+from tandem_router.chains import ChainForest
 from tandem_router.cost import Loads
 
 TOKENS = st.integers(0, 5)
@@ -54,7 +55,7 @@ def test_a_shared_prefix_counts_once() -> None:
     books.add(2, "a", 0, placed(seed=2))
     assert figures(books)[2] == 2 + 2 * (3 + 1)
     column = np.array([books.register("a", 0)])
-    assert books.shared(prompt(2, 9, 3).tolist(), column).tolist() == [2]
+    assert books.shared(prompt(2, 9, 3), column).tolist() == [2]
     books.free(1)
     assert figures(books)[2] == 6
 
@@ -65,7 +66,7 @@ def test_without_reuse_everything_counts() -> None:
     books.add(1, "a", 0, placed())
     books.add(2, "a", 0, placed())
     assert figures(books)[2] == 12
-    assert books.shared(prompt(2, 3, 0).tolist(), np.array([0])).tolist() == [0]
+    assert books.shared(prompt(2, 3, 0), np.array([0])).tolist() == [0]
     books.check_integrity()
 
 
@@ -216,23 +217,34 @@ def test_integrity_is_really_checked() -> None:
     books._requests[0] += 1
     with pytest.raises(AssertionError, match="column 0"):
         books.check_integrity()
-    chain = ChainSet()
-    chain.add([1, 2])
+    chains = ChainForest()
+    run = chains.add(0, prompt(0, 2, 1))
+    with pytest.raises(AssertionError, match="other chains"):
+        chains.check_integrity([(0, run), (0, run)])
+    chains._blocks[0] += 1
     with pytest.raises(AssertionError, match="miscounted"):
-        chain.check_integrity([2, 2])
+        chains.check_integrity([(0, run)])
 
 
-@given(st.lists(st.tuples(TOKENS, TOKENS, st.integers(0, 3)), max_size=12))
-def test_chains_agree_with_plain_sets(shapes: list[tuple[int, int, int]]) -> None:
-    """Size and depth are those of a set of all prefixes, while chains are added and while they are released."""
-    chains, held = ChainSet(), [keys for keys in (prompt(*shape).tolist() for shape in shapes) if keys]
-    for at, keys in enumerate(held):
-        chains.add(keys)
-        assert len(chains) == len({key for chain in held[: at + 1] for key in chain})
-    for at, keys in enumerate(held):
-        left = {key for chain in held[at:] for key in chain}
-        probe = [*keys, 1]
-        assert chains.depth(probe) == sum(key in left for key in probe)
-        chains.release(keys[-1])
-        chains.check_integrity(chain[-1] for chain in held[at + 1 :])
-    assert len(chains) == 0
+@given(st.lists(st.tuples(TOKENS, TOKENS, st.integers(0, 3), st.integers(0, 2)), max_size=12))
+def test_chains_agree_with_plain_sets(shapes: list[tuple[int, int, int, int]]) -> None:
+    """Sizes and depths are those of sets of all prefixes, per column, while chains are added and while they are released."""
+    chains = ChainForest()
+    held = [(column, keys) for column, keys in ((shape[3], prompt(*shape[:3])) for shape in shapes) if len(keys)]
+    runs = []
+    for at, (column, keys) in enumerate(held):
+        runs.append((column, chains.add(column, keys)))
+        assert_like_sets(chains, held[: at + 1])
+        chains.check_integrity(runs)
+    for at, (column, run) in enumerate(runs):
+        chains.release(column, run)
+        assert_like_sets(chains, held[at + 1 :])
+        chains.check_integrity(runs[at + 1 :])
+
+
+def assert_like_sets(chains: ChainForest, held: list[tuple[int, NDArray[np.uint64]]]) -> None:
+    """Three columns hold these chains, and a fourth nothing."""
+    sets = [{key for owner, keys in held if owner == column for key in keys.tolist()} for column in range(4)]
+    assert [chains.blocks(column) for column in range(4)] == [len(one) for one in sets]
+    for probe in (prompt(3, 2, 1), prompt(5, 5, 2), prompt(0, 1, 9), *(np.append(keys, np.uint64(1)) for _, keys in held)):
+        assert chains.depths(probe, np.arange(4)).tolist() == [sum(key in one for key in probe.tolist()) for one in sets]

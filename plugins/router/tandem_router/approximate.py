@@ -8,17 +8,19 @@ end from their tails. Not thread-safe.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_router.chains import ChainSet, depths
+from tandem_router.chains import ChainForest, Keys, Run
 
-_AT_ONCE = 4096
-"""Blocks dropped in one call: dropping 200,000 at once would stall the decisions behind it for tens of milliseconds."""
-_NOTHING = ChainSet()
+
+class _Belief(NamedTuple):
+    ends: float
+    run: Run
 
 
 @dataclass
@@ -37,70 +39,68 @@ class Beliefs:
         self.ended = Ended()
         self._ttl_s, self._max_blocks, self._keep_blocks = ttl_s, max_blocks, int(max_blocks * prune_ratio)
         self._clock = clock
-        self._chains: dict[int, ChainSet] = {}
-        self._expiries: OrderedDict[tuple[int, int], float] = OrderedDict()
-        """(slot, last key) -> when the belief ends; the time to live is one for all, so the order of renewal is that of expiry."""
+        self._chains = ChainForest()
+        self._beliefs: OrderedDict[tuple[int, int], _Belief] = OrderedDict()
+        """By (slot, last key); the time to live is one for all, so the order of renewal is that of ending."""
         self._blocks = 0
-        self._shedding = False
 
     def __len__(self) -> int:
         """Blocks believed in, over all slots."""
         return self._blocks
 
-    def believe(self, slot: int, keys: Sequence[int]) -> None:
+    def believe(self, slot: int, keys: Keys) -> None:
         """From now on, for the time to live, `slot` is believed to hold the prompt."""
         self.expire()
-        if not keys:
+        if not len(keys):
             return
-        belief = (slot, keys[-1])
-        if belief not in self._expiries:
-            self._blocks += self._chains.setdefault(slot, ChainSet()).add(keys)
-        self._expiries[belief] = self._clock() + self._ttl_s
-        self._expiries.move_to_end(belief)
-        self._make_room(len(keys))
+        name = (slot, keys.item(-1))
+        known = self._beliefs.pop(name, None)
+        self._beliefs[name] = _Belief(self._clock() + self._ttl_s, known.run if known else self._add(slot, keys))
+        if self._blocks > self._max_blocks:
+            self._prune()
 
-    def match(self, keys: Sequence[int], slots: NDArray[np.int64]) -> NDArray[np.int32]:
+    def match(self, keys: Keys, slots: NDArray[np.int64]) -> NDArray[np.int32]:
         """Leading blocks of a prompt that each slot is believed to hold, shape (len(slots),)."""
         self.expire()
-        if not keys or not self._expiries:
+        if not self._beliefs:
             return np.zeros(len(slots), np.int32)
-        chain_of = self._chains.get
-        return depths([chain_of(slot, _NOTHING) for slot in slots.tolist()], keys)
+        return self._chains.depths(keys, slots)
 
     def remove(self, slot: int) -> None:
         """The slot's worker is gone, with all that it held."""
-        self._blocks -= len(self._chains.pop(slot, ()))
-        for belief in [belief for belief in self._expiries if belief[0] == slot]:
-            del self._expiries[belief]
+        for name in [name for name in self._beliefs if name[0] == slot]:
+            self._end(slot, self._beliefs.pop(name).run)
 
     def expire(self) -> None:
-        """Drops what is over; every other method that needs it calls it. After a pause the rest waits for the next call."""
-        now, gone = self._clock(), 0
-        while gone < _AT_ONCE and self._expiries and next(iter(self._expiries.values())) <= now:
-            gone += self._end_earliest()
-        self.ended.expired += gone
+        """Drops what is over; every other method that needs it calls it."""
+        now = self._clock()
+        while self._beliefs and next(iter(self._beliefs.values())).ends <= now:
+            self.ended.expired += self._end_earliest()
 
     def check_integrity(self) -> None:
         """AssertionError if a count is off or beliefs are out of order."""
-        for slot, chain in self._chains.items():
-            chain.check_integrity(last for owner, last in self._expiries if owner == slot)
-        expiries = list(self._expiries.values())
-        if expiries != sorted(expiries) or self._blocks != sum(map(len, self._chains.values())):
-            raise AssertionError(f"beliefs are out of order or miscounted: {self._blocks} blocks in {len(expiries)} beliefs")
+        self._chains.check_integrity((slot, belief.run) for (slot, _), belief in self._beliefs.items())
+        ends = [belief.ends for belief in self._beliefs.values()]
+        if ends != sorted(ends) or self._blocks != sum(map(self._chains.blocks, {slot for slot, _ in self._beliefs})):
+            raise AssertionError(f"beliefs are out of order or miscounted: {self._blocks} blocks in {len(ends)} beliefs")
 
-    def _make_room(self, added: int) -> None:
-        """Sheds down to the target over several calls, at least twice what is added in each; the bound itself always holds."""
-        self._shedding |= self._blocks > self._max_blocks
-        if not self._shedding:
-            return
-        step = max(self._keep_blocks, self._blocks - max(_AT_ONCE, 2 * added))
-        target = min(step, self._max_blocks)
-        while self._blocks > target:
+    def _add(self, slot: int, keys: Keys) -> Run:
+        before = self._chains.blocks(slot)
+        run = self._chains.add(slot, keys)
+        self._blocks += self._chains.blocks(slot) - before
+        return run
+
+    def _prune(self) -> None:
+        while self._blocks > self._keep_blocks:
             self.ended.pruned += self._end_earliest()
-        self._shedding = self._blocks > self._keep_blocks
 
     def _end_earliest(self) -> int:
-        (slot, last_key), _ = self._expiries.popitem(last=False)
-        gone = self._chains[slot].release(last_key)
+        (slot, _), belief = self._beliefs.popitem(last=False)
+        return self._end(slot, belief.run)
+
+    def _end(self, slot: int, run: Run) -> int:
+        before = self._chains.blocks(slot)
+        self._chains.release(slot, run)
+        gone = before - self._chains.blocks(slot)
         self._blocks -= gone
         return gone

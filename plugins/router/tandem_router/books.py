@@ -8,7 +8,7 @@ one data-parallel rank of one worker. Not thread-safe: the router's event loop a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem_router.book_events import Add, BookEvent, Free, Output, PrefillDone, Publisher, publish_nothing
-from tandem_router.chains import ChainSet, depths
+from tandem_router.chains import ChainForest, Keys, Run
 from tandem_router.cost import Loads
 
 _Key = tuple[str, int]
@@ -27,7 +27,7 @@ _Key = tuple[str, int]
 class PlacedPrompt:
     """What the books keep of a request's prompt."""
 
-    keys: NDArray[np.uint64]
+    keys: Keys
     isl: int
     block_size: int
     prefill_tokens: int
@@ -40,8 +40,8 @@ class _Held:
 
     add: Add
     column: int
-    last_key: int | None
-    """None if no block of it can be shared."""
+    run: Run | None
+    """Its chain; None if no block of it can be shared."""
     unshared: int
     """Prompt blocks outside the chains: the last one if it is filled in part, or all."""
     prefill_tokens: int
@@ -77,7 +77,7 @@ class Books:
         self._columns: dict[tuple[str, int], int] = {}
         self._spare: list[int] = []
         self._registered: set[str] = set()
-        self._chains: list[ChainSet] = []
+        self._chains = ChainForest()
         self._prefill = np.zeros(0, np.int64)
         self._blocks = np.zeros(0, np.int64)
         self._output = np.zeros(0, np.float64)
@@ -100,11 +100,11 @@ class Books:
         """A copy of what is in flight on these columns."""
         return Loads(self._prefill[columns], self._blocks[columns] + self._output[columns], self._requests[columns])
 
-    def shared(self, keys: Sequence[int], columns: NDArray[np.int64]) -> NDArray[np.int32]:
+    def shared(self, keys: Keys, columns: NDArray[np.int64]) -> NDArray[np.int32]:
         """Leading blocks of a prompt that requests in flight hold already, per column."""
-        if not self._reuse or not keys:
+        if not self._reuse or not len(keys):
             return np.zeros(len(columns), np.int32)
-        return depths([self._chains[column] for column in columns.tolist()], keys)
+        return self._chains.depths(keys, columns)
 
     def add(self, ticket: int, worker: str, dp_rank: int, prompt: PlacedPrompt) -> None:
         """Books an own request, at once."""
@@ -178,10 +178,11 @@ class Books:
     def check_integrity(self) -> None:
         """Recounts everything from the requests held; AssertionError if a figure is off."""
         requests = Counter(held.column for held in self._held.values())
-        for column, chain in enumerate(self._chains):
+        self._chains.check_integrity((held.column, held.run) for held in self._held.values() if held.run is not None)
+        for column in range(len(self._requests)):
             here = [held for held in self._held.values() if held.column == column]
-            chain.check_integrity(held.last_key for held in here if held.last_key is not None)
-            figures = (requests[column], sum(held.prefill_tokens for held in here), len(chain) + sum(held.unshared for held in here))
+            blocks = self._chains.blocks(column) + sum(held.unshared for held in here)
+            figures = (requests[column], sum(held.prefill_tokens for held in here), blocks)
             stored = (int(self._requests[column]), int(self._prefill[column]), int(self._blocks[column]))
             if stored != figures:
                 raise AssertionError(f"column {column} holds {stored} requests, prefill tokens and blocks, but they sum up to {figures}")
@@ -209,11 +210,12 @@ class Books:
             self.misses.duplicate += 1
             return
         column = self._column(add.worker, add.dp_rank)
-        keys = np.frombuffer(add.keys, "<u8").tolist() if self._reuse else []
+        keys = np.frombuffer(add.keys if self._reuse else b"", "<u8")
         unshared = max(0, -(-add.isl // add.block_size) - len(keys))
-        held = _Held(add, column, keys[-1] if keys else None, unshared, add.prefill_tokens)
+        before = self._chains.blocks(column)
+        held = _Held(add, column, self._chains.add(column, keys) if len(keys) else None, unshared, add.prefill_tokens)
         self._held[(add.replica, add.ticket)] = held
-        self._blocks[column] += unshared + (self._chains[column].add(keys) if keys else 0)
+        self._blocks[column] += unshared + self._chains.blocks(column) - before
         self._prefill[column] += add.prefill_tokens
         self._requests[column] += 1
         if add.produced:
@@ -227,7 +229,10 @@ class Books:
 
     def _release(self, held: _Held) -> None:
         column = held.column
-        self._blocks[column] -= held.unshared + (self._chains[column].release(held.last_key) if held.last_key is not None else 0)
+        before = self._chains.blocks(column)
+        if held.run is not None:
+            self._chains.release(column, held.run)
+        self._blocks[column] -= held.unshared + before - self._chains.blocks(column)
         self._prefill[column] -= held.prefill_tokens
         self._requests[column] -= 1
         # Fractions don't sum back to zero exactly; an empty column does.
@@ -243,10 +248,9 @@ class Books:
         return column
 
     def _widen(self) -> int:
-        self._chains.append(ChainSet())
         self._prefill, self._blocks, self._requests = (np.append(array, 0) for array in (self._prefill, self._blocks, self._requests))
         self._output = np.append(self._output, 0.0)
-        return len(self._chains) - 1
+        return len(self._requests) - 1
 
     def _drop_column(self, worker: str, dp_rank: int) -> None:
         column = self._columns.pop((worker, dp_rank), None)

@@ -100,7 +100,7 @@ class RouterSettings:
     )
     router_max_tree_size: int = setting(
         env="DYN_ROUTER_MAX_TREE_SIZE", default=2**20, parse=parse_int(1, 2**32), unit="blocks",
-        help="Without events, blocks believed in at most, over all workers: a bound on memory of about 100 bytes a block.",
+        help="Without events, blocks believed in at most, over all workers: a bound on memory of 8 bytes a block and 1 KB a prompt.",
     )
     router_prune_target_ratio: float = setting(
         env="DYN_ROUTER_PRUNE_TARGET_RATIO", default=0.8, parse=parse_float(0, 1),

@@ -131,13 +131,12 @@ class Placement:
         )
 
     def _decide(self, request: RouteRequest, *, book: bool) -> Decision:
-        keys: list[int] = request.keys.tolist()
-        found = self._candidates(request, keys)
+        found = self._candidates(request)
         chosen = self._choose(request, found)
         position = int(found.positions[chosen])
         hits = found.hits[:, chosen].tolist()
         cached = self._cached_tokens(sum(hits), request.isl)
-        ticket = self._book(request, keys, position, request.isl - cached) if book else UNTRACKED
+        ticket = self._book(request, position, request.isl - cached) if book else UNTRACKED
         return Decision(
             ticket=ticket, worker=self._pool.records[position], dp_rank=self._pool.names[position][1], slot=int(self._pool.slots[position]),
             overlap=(hits[0], hits[1], hits[2]), cached_tokens=cached, non_cached_tokens=request.isl - cached,
@@ -155,19 +154,19 @@ class Placement:
         candidates = Field(found.costs.total, found.loads.requests, found.loads.blocks, last_chosen)
         return choose(mode, candidates, temperature, self._rng)
 
-    def _candidates(self, request: RouteRequest, keys: list[int]) -> _Candidates:
+    def _candidates(self, request: RouteRequest) -> _Candidates:
         positions = self._eligible(request)
         columns = self._pool.columns[positions]
         loads = self.books.loads(columns)
-        hits = self._hits(request.keys, keys, positions)
-        prompt = Prompt(request.isl, self._block_size, hits, self.books.shared(keys, columns))
+        hits = self._hits(request.keys, positions)
+        prompt = Prompt(request.isl, self._block_size, hits, self.books.shared(request.keys, columns))
         return _Candidates(positions, loads, hits, costs(self._weights_for(request), loads, prompt))
 
-    def _hits(self, keys: NDArray[np.uint64], key_list: list[int], positions: NDArray[np.int64]) -> NDArray[np.int32]:
+    def _hits(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
         """Hits per tier, shape (3, candidates); what is only believed counts as on the device."""
-        if not key_list:
+        if not len(keys):
             return np.zeros((3, len(positions)), np.int32)
-        believed = self.beliefs.match(key_list, self._pool.columns[positions])
+        believed = self.beliefs.match(keys, self._pool.columns[positions])
         hits = np.zeros((3, len(positions)), np.int32)
         if self._settings.kv_events:
             hits = self._index.match(keys).blocks[:, self._pool.slots[positions]]
@@ -215,10 +214,10 @@ class Placement:
                                    "retry later, add workers or raise the threshold")
         return positions[~occupied]
 
-    def _book(self, request: RouteRequest, keys: list[int], position: int, prefill_tokens: int) -> int:
+    def _book(self, request: RouteRequest, position: int, prefill_tokens: int) -> int:
         column = int(self._pool.columns[position])
         self._last_chosen[column] = next(self._decisions)
-        self.beliefs.believe(column, keys)
+        self.beliefs.believe(column, request.keys)
         if not request.track:
             return UNTRACKED
         ticket = next(self._tickets)
