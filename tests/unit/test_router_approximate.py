@@ -59,6 +59,33 @@ def test_room_is_made_by_the_earliest() -> None:
     assert [match(held, prompt(0, 10, seed))[0] for seed in range(11)] == [0] * 3 + [10] * 8
 
 
+def test_room_is_made_in_steps() -> None:
+    """A thousand short prompts don't all go in one call, but the bound holds after each and the target is reached."""
+    held = beliefs(Clock(), max_blocks=1000)
+    for seed in range(1001):
+        held.believe(0, prompt(0, 1, seed))
+    assert len(held) == 1001 - 64
+    sizes = []
+    for seed in range(2000, 2003):
+        held.believe(0, prompt(0, 1, seed))
+        sizes.append(len(held))
+    assert sizes == [874, 811, 800]
+    held.check_integrity()
+
+
+def test_expiry_after_a_pause_is_spread() -> None:
+    """Sixty-four beliefs a call, until nothing old is left."""
+    clock = Clock(0)
+    held = beliefs(clock)
+    for seed in range(100):
+        held.believe(0, prompt(0, 1, seed))
+    clock.now = 1000
+    held.expire()
+    assert len(held) == 36
+    held.expire()
+    assert len(held) == 0
+
+
 def test_a_renewed_belief_takes_no_more_room() -> None:
     """A burst of equal prompts is one belief."""
     held = beliefs(Clock())

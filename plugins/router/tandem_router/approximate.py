@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from tandem_router.chains import ChainForest, Keys, Run
 
+_AT_ONCE = 64
+"""Beliefs ended in one call: ending tens of thousands at once would stall the decisions behind it."""
+
 
 class _Belief(NamedTuple):
     ends: float
@@ -43,6 +46,7 @@ class Beliefs:
         self._beliefs: OrderedDict[tuple[int, int], _Belief] = OrderedDict()
         """By (slot, last key); the time to live is one for all, so the order of renewal is that of ending."""
         self._blocks = 0
+        self._pruning = False
 
     def __len__(self) -> int:
         """Blocks believed in, over all slots."""
@@ -56,8 +60,7 @@ class Beliefs:
         name = (slot, keys.item(-1))
         known = self._beliefs.pop(name, None)
         self._beliefs[name] = _Belief(self._clock() + self._ttl_s, known.run if known else self._add(slot, keys))
-        if self._blocks > self._max_blocks:
-            self._prune()
+        self._prune()
 
     def match(self, keys: Keys, slots: NDArray[np.int64]) -> NDArray[np.int32]:
         """Leading blocks of a prompt that each slot is believed to hold, shape (len(slots),)."""
@@ -72,9 +75,11 @@ class Beliefs:
             self._end(slot, self._beliefs.pop(name).run)
 
     def expire(self) -> None:
-        """Drops what is over; every other method that needs it calls it."""
+        """Drops what is over; every other method that needs it calls it. After a pause the rest waits for the next calls."""
         now = self._clock()
-        while self._beliefs and next(iter(self._beliefs.values())).ends <= now:
+        for _ in range(_AT_ONCE):
+            if not self._beliefs or next(iter(self._beliefs.values())).ends > now:
+                return
             self.ended.expired += self._end_earliest()
 
     def check_integrity(self) -> None:
@@ -91,8 +96,13 @@ class Beliefs:
         return run
 
     def _prune(self) -> None:
-        while self._blocks > self._keep_blocks:
+        """From beyond the bound down to the target, over several calls; the bound itself holds after each."""
+        self._pruning |= self._blocks > self._max_blocks
+        ended = 0
+        while self._pruning and (self._blocks > self._max_blocks or ended < _AT_ONCE):
             self.ended.pruned += self._end_earliest()
+            ended += 1
+            self._pruning = self._blocks > self._keep_blocks
 
     def _end_earliest(self) -> int:
         (slot, _), belief = self._beliefs.popitem(last=False)
