@@ -15,6 +15,7 @@ from tandem_protocol.discovery.memory import MemoryDiscovery, MemoryStore
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import EventSource, WorkerRecord
+from tandem_worker.arguments import kv_events_config
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.registration import RegisteredPresence, Unregistered, WorkerNames, build_record
 from tandem_worker.status import WorkerState, WorkerStatus
@@ -180,6 +181,14 @@ def test_settings_by_default() -> None:
     """No discovery, Triton's own port, unconditional."""
     settings = load_settings({}, {})
     assert (settings.discovery, settings.grpc_url, settings.conditional_disagg) == ("", "127.0.0.1:8001", False)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_engine_of_a_decode_worker_gets_its_publisher(conditional: bool) -> None:
+    """The setting reaches vLLM's own configuration."""
+    settings = WorkerSettings(role=Role.DECODE, conditional_disagg=conditional, kv_event_port=20100, worker_index=2)
+    config = kv_events_config(settings, {"enable_prefix_caching": True})
+    assert (config is not None and config["endpoint"] == "tcp://*:20102") is conditional
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ class RegisteredPresence:
         self._wanted: workers.WorkerState | None = None
         self._registration: Registration | None = None
         self._failed = 0
+        self._leaving = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = asyncio.create_task(self._run())
@@ -158,14 +159,16 @@ class RegisteredPresence:
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
+        # Not cancelled at once: a registration that is just being made would be nobody's, and stay.
+        self._leaving = True
+        self._want(None)
         await asyncio.wait([task], timeout=_LEAVE_TIMEOUT_S)
+        task.cancel()
         try:
             async with asyncio.timeout(_LEAVE_TIMEOUT_S):
                 await self._discovery.close()
         except TimeoutError:
             log.warning("discovery.leave_timeout worker=%s: its record ends with its lease", self._record.id)
-        self._registration = None
 
     async def step(self) -> None:
         """One attempt to bring discovery to the wanted state. Raises UnavailableError."""
@@ -185,7 +188,7 @@ class RegisteredPresence:
         self._changed.set()
 
     async def _run(self) -> None:
-        while True:
+        while not (self._leaving and self._registration is None):
             await self._changed.wait()
             self._changed.clear()
             try:

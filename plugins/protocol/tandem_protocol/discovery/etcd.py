@@ -139,6 +139,7 @@ class EtcdDiscovery(Discovery):
         self._client = connect(address)
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="tandem-discovery")
         self._feed = Feed()
+        self._bad: dict[str, bytes] = {}
         self._watch: EtcdWatch | None = None
         self._registrations: list[EtcdRegistration] = []
 
@@ -190,11 +191,17 @@ class EtcdDiscovery(Discovery):
             try:
                 record = decode_record(value)
             except msgspec.DecodeError as exc:
-                self.counts.bad_records += 1
-                log.warning("discovery.bad_record key=%s error=%s: left out, remove it or update whoever wrote it", key, exc)
+                self._note_bad(key, value, exc)
             else:
                 records[record.id] = record
         return records
+
+    def _note_bad(self, key: str, value: bytes, exc: msgspec.DecodeError) -> None:
+        """Once per value: everything is read again and again."""
+        if self._bad.get(key) != value:
+            self._bad[key] = value
+            self.counts.bad_records += 1
+            log.warning("discovery.bad_record key=%s error=%s: left out, remove it or update whoever wrote it", key, exc)
 
 
 class EtcdRegistration(Registration):

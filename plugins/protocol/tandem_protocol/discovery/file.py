@@ -34,7 +34,7 @@ POLL_S = 0.2
 _CALL_TIMEOUT_S = 5.0
 _SWEEP_AFTER_LEASES = 6
 """Dead files are kept for a minute: whoever looks for the reason still finds them."""
-_SUFFIX = ".json"
+_SUFFIX, _PARTIAL = ".json", ".tandem-partial"
 T = TypeVar("T")
 
 
@@ -88,7 +88,7 @@ class Folder:
         """Adds or replaces an entry, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self._file(record.id)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
+        partial = target.with_suffix(f".{os.getpid()}{_PARTIAL}")
         partial.write_bytes(msgspec.json.encode(Entry(record=record, pid=os.getpid(), host=self._host)))
         now = self._now()
         os.utime(partial, (now, now))
@@ -139,9 +139,11 @@ class Folder:
         return entry.host != self._host or is_running(entry.pid)
 
     def _sweep(self, files: dict[str, os.stat_result]) -> None:
-        """A worker that was only asleep writes its entry again when it finds it gone."""
+        """Removes old entries and half-written ones, and nothing that is not ours. A worker that was only asleep writes its entry again."""
         for name, stat in files.items():
-            if self._now() - stat.st_mtime > self._lease_s * _SWEEP_AFTER_LEASES:
+            cached = self._cache.get(name)
+            ours = name.endswith(_PARTIAL) or (cached is not None and cached.entry is not None)
+            if ours and self._now() - stat.st_mtime > self._lease_s * _SWEEP_AFTER_LEASES:
                 with suppress(OSError):  # somebody else was faster, or the folder is not ours to clean
                     (self.path / name).unlink()
                     self._counts.swept += 1
