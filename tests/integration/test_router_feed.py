@@ -438,6 +438,31 @@ def test_the_real_index_agrees_with_a_fresh_one_after_chaos(stage: _Stage) -> No
     index.check_integrity()
 
 
+def test_the_real_index_is_restored_and_goes_on(stage: _Stage, tmp_path: Path) -> None:
+    """Its dump and the feed's places fit together."""
+    engine, first = stage.engine(), KvIndex()
+    watch = _Watch()
+    feed = EventFeed(first, observer=watch, limits=_LIMITS)
+    feed.add(_WORKER, stage.source, first.add_worker(_WORKER, 0))
+    feed.start()
+    engine.publish(100)
+    assert watch.until(lambda: feed.state()[0].last_seq == 99)
+    feed.save(tmp_path / "snapshot")
+    feed.close()
+    second = KvIndex()
+    feed = EventFeed(second, observer=watch, limits=_LIMITS)
+    assert feed.restore(tmp_path / "snapshot") == {_WORKER}
+    slot = second.add_worker(_WORKER, 0)
+    assert second.size(slot) == first.size(0) > 0
+    feed.add(_WORKER, stage.source, slot)
+    feed.start()
+    engine.publish(10)
+    assert watch.until(lambda: feed.state()[0].last_seq == 109)
+    assert feed.state()[0].batches == 10
+    feed.close()
+    second.check_integrity()
+
+
 def test_an_endpoint_of_the_wrong_form_is_refused(stage: _Stage) -> None:
     """When it is added, not in a thread later."""
     feed = EventFeed(_NaiveIndex())

@@ -83,7 +83,7 @@ class EventFeed:
         self._ring()
 
     def remove(self, worker_id: str) -> None:
-        """Stops following all ranks of a worker. When it returns, nothing more reaches the index from them."""
+        """Stops following all ranks of a worker; do it before the index forgets the worker. Afterwards nothing more reaches its slots."""
         with self._guard:
             leaving = [source for source in self._sources if source.worker_id == worker_id]
             self._sources = tuple(source for source in self._sources if source.worker_id != worker_id)
