@@ -2,8 +2,8 @@
 """Discovery in a folder of one host: one JSON file per worker, no server.
 
 A file's modification time is its worker's sign of life; a file older than the lease, or of a process of this host that
-is gone, is not listed. Readers remove what has been dead for long. Watching is polling: a scan of 64 files takes about
-a millisecond and needs nothing of the file system but names and times. Disk is touched on a thread of its own, so
+is gone, is not listed. Readers remove what has been dead for long. Watching is polling: a scan of 64 files takes 3.4 ms
+(two busy cores) and needs nothing of the file system but names and times. Disk is touched on a thread of its own, so
 that a slow one delays no token.
 """
 
@@ -34,6 +34,8 @@ POLL_S = 0.2
 _CALL_TIMEOUT_S = 5.0
 _SWEEP_AFTER_LEASES = 6
 """Dead files are kept for a minute: whoever looks for the reason still finds them."""
+_STAT_BYTES = 1024
+"""More than a line of /proc/PID/stat has up to the state."""
 _SUFFIX, _PARTIAL = ".json", ".tandem-partial"
 T = TypeVar("T")
 
@@ -65,12 +67,18 @@ def this_host() -> str:
 def is_running(pid: int) -> bool:
     """Whether the process lives; one that waits for its parent to collect it does not."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text()
+        # Not pathlib, which takes several times as long, and every scan asks this of every worker.
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:
         return True
-    return not status.rpartition(")")[2].lstrip().startswith(("Z", "X"))
+    try:
+        return not os.read(file, _STAT_BYTES).rpartition(b")")[2].lstrip().startswith((b"Z", b"X"))
+    except OSError:
+        return False  # it ended between the two calls
+    finally:
+        os.close(file)
 
 
 class Folder:
