@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from router_fleet import BLOCK, Clock, FakeIndex, placement, prompt, worker, workers
-from tandem_protocol.errors import RequestError, UnavailableError
+from tandem_protocol.errors import ConfigError, RequestError, UnavailableError
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerState
+from tandem_router.book_events import BookEvent
 from tandem_router.busy import BusyThresholds
-from tandem_router.config import RouterMode
+from tandem_router.config import RouterMode, RouterSettings
 from tandem_router.placement import UNTRACKED, Placement, RouteRequest
 
 
@@ -311,6 +312,32 @@ def test_untracked_requests_need_no_end() -> None:
     assert decision.ticket == UNTRACKED
     assert not placed.free(UNTRACKED)
     assert len(placed.books) == 0
+
+
+def test_replicas_see_each_others_decisions() -> None:
+    """What one places weighs on the other's next decision, until its router is gone."""
+    sent: list[BookEvent] = []
+    settings = RouterSettings(router_replica_sync=True)
+    one = Placement(settings, Role.AGGREGATED, FakeIndex(), Clock(), replica="r1", publish=sent.append)
+    other = Placement(settings, Role.AGGREGATED, FakeIndex(), Clock(), replica="r2")
+    for placed in (one, other):
+        placed.set_workers(workers(2))
+    assert one.choose(request()).worker.id == "w0"
+    for event in sent:
+        other.books.apply_remote(event)
+    assert other.peek(request(seed=1)).worker.id == "w1"
+    assert other.books.forget_replica("r1") == 1
+    assert other.peek(request(seed=1)).worker.id == "w0"
+    with pytest.raises(ConfigError, match="DYN_ROUTER_REPLICA_SYNC"):
+        Placement(settings, Role.AGGREGATED, FakeIndex())
+
+
+def test_an_empty_pool_has_no_loads() -> None:
+    """And its block size is not known yet, unless it is set."""
+    placed = placement([])
+    assert (placed.loads(), placed.workers, placed.block_size) == ((), (), 0)
+    placed.set_workers([worker("w0", block_size=64)])
+    assert placed.block_size == 64
 
 
 def test_everything_ends_in_an_empty_pool() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.errors import RequestError, UnavailableError
+from tandem_protocol.errors import ConfigError, RequestError, UnavailableError
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerRecord
 from tandem_router.approximate import Beliefs
@@ -43,10 +43,17 @@ class _Candidates:
 
 
 class Placement:
-    """One pool of workers of one role over a shared index."""
+    """One pool of workers of one role over a shared index.
+
+    With replica sync, `replica` names this start of this router (a restarted one is another, as with workers), `publish` takes
+    the books' events to the others, and theirs go to `books.apply_remote`; ConfigError if the name is missing.
+    Slots are taken from the index by `set_workers`: call it again after a snapshot was loaded into the index.
+    """
 
     def __init__(self, settings: RouterSettings, role: Role, index: PrefixIndex, clock: Callable[[], float] = time.monotonic,
                  rng: random.Random | None = None, *, replica: str = "", publish: Publisher = publish_nothing) -> None:
+        if settings.router_replica_sync and not replica:
+            raise ConfigError("DYN_ROUTER_REPLICA_SYNC needs a name for this router: without one, replicas would ignore each other")
         self.thresholds = BusyThresholds.of(settings)
         """May be replaced at any time."""
         self.books = Books(pool=role.value, replica=replica, assume_kv_reuse=settings.router_assume_kv_reuse,
