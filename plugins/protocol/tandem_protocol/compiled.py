@@ -27,7 +27,7 @@ def compiled(function: _F) -> _F:
 
 def inlined(function: _F) -> _F:
     """A small function that only compiled functions call."""
-    return cast(_F, numba.njit(nogil=True, inline="never", cache=True, boundscheck=False)(function))
+    return cast(_F, numba.njit(nogil=True, forceinline=True, cache=True, boundscheck=False)(function))
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:

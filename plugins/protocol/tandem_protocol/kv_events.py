@@ -86,6 +86,8 @@ def decode(payload: bytes | memoryview) -> EventBatch:
         return EventBatch(usual.ts, tuple(wire.event() for wire in usual.events), usual.data_parallel_rank)
     except msgspec.ValidationError:
         return _decode_one_by_one(payload)
+    except (UnicodeDecodeError, RecursionError) as exc:  # what msgspec lets through for bad text and bottomless nesting
+        raise msgspec.DecodeError(f"not an event batch: {exc}") from exc
 
 
 def encode(events: Iterable[Event], timestamp_s: float = 0.0, dp_rank: int | None = None) -> bytes:
@@ -100,7 +102,7 @@ def warm_up() -> None:
     decode(encode([stored, BlockRemoved(hashes=stored.hashes), AllBlocksCleared()]))
 
 
-_TIERS = {None: Tier.GPU, **{tier.name: tier for tier in Tier}}
+_TIERS: dict[str | None, Tier] = {None: Tier.GPU, **{tier.name: tier for tier in Tier}}
 
 
 class _StoredMap(msgspec.Struct, tag="BlockStored"):
@@ -180,8 +182,11 @@ _TYPES = frozenset({"BlockStored", "BlockRemoved", "AllBlocksCleared"})
 
 
 def _decode_one_by_one(payload: bytes | memoryview) -> EventBatch:
-    batch = _ANY.decode(payload)
-    wires = [_decode_event(raw) for raw in batch.events]
+    try:
+        batch = _ANY.decode(payload)
+        wires = [_decode_event(raw) for raw in batch.events]
+    except (UnicodeDecodeError, RecursionError) as exc:
+        raise msgspec.DecodeError(f"not an event batch: {exc}") from exc
     events = tuple(wire.event() for wire in wires if wire is not None)
     return EventBatch(batch.ts, events, batch.data_parallel_rank, len(wires) - len(events))
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tandem_protocol.compiled import Int, compiled, fold_multiply, inlined
 from tandem_router.index_table import Rows, clear_bit, has_bit, set_bit
+from tandem_router.table_memory import zeroed
 
 GROUPS = 16
 """Groups per slot that can be told apart."""
@@ -32,7 +33,7 @@ STORED, REMOVED, UNKNOWN, ADDED, REFUSED = 0, 1, 2, 3, 4
 
 def empty_holdings(capacity: int) -> Rows:
     """Rows that hold nothing; `capacity` is a power of two."""
-    return np.zeros((capacity, 3), np.uint64)
+    return zeroed(capacity, 3)
 
 
 @inlined

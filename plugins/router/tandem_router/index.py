@@ -19,14 +19,13 @@ from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStore
 from tandem_protocol.kv_events import warm_up as warm_up_events
 from tandem_router import holdings, index_table, snapshot
 from tandem_router.index_counts import ApplyResult, IndexStats, SlotInfo
-from tandem_router.members import Member, capacity_for
+from tandem_router.members import MAX_SLOTS, Member, capacity_for
 from tandem_router.orphans import Orphan, Orphans
 from tandem_router.overlap import Overlap
 
 _PIECE = 1024
 """Blocks that change under one hold of the table's lock: about 0.1 ms."""
 _SCAN = 16 * _PIECE
-_MAX_SLOTS = 4096
 _TIERS = len(Tier)
 _ALL_GROUPS = np.uint64(holdings.ALL_GROUPS)
 _EMPTY = ApplyResult()
@@ -47,6 +46,7 @@ class KvIndex:
         self._words = self._planes = 1
         self._rows = index_table.empty_rows(capacity_for(_PIECE), 1, 1)
         self._used = np.zeros(1, np.int64)
+        self._held = 0
         self._applied = _EMPTY
 
     # Workers
@@ -64,6 +64,7 @@ class KvIndex:
                 self._orphans.clear(member.slot)
                 for tier in Tier:
                     self._require(member, tier, 0)
+                self._held -= member.held
                 self._members[member.slot] = None
 
     def slots(self) -> tuple[SlotInfo, ...]:
@@ -100,7 +101,7 @@ class KvIndex:
             before = member.held
             required = int(member.required[tier])
             self._require(member, tier, 0)
-            member.rebuild(member.held)
+            self._compact(member)
             member.required[tier] = required
             return before - member.held
 
@@ -119,7 +120,7 @@ class KvIndex:
         with self._writing:
             members = self._in_use()
             return IndexStats(
-                blocks=int(self._used[0]), holdings=self._held(), orphans=self._orphans.blocks, slots=len(members),
+                blocks=int(self._used[0]), holdings=self._held, orphans=self._orphans.blocks, slots=len(members),
                 size_bytes=self._rows.nbytes + sum(member.rows.nbytes for member in members), applied=self._applied,
             )
 
@@ -129,6 +130,8 @@ class KvIndex:
             bits = np.zeros((_TIERS, 64 * self._words), np.int64)
             if index_table.count_bits(self._rows, self._words, bits) != self._used[0]:
                 raise TandemError("the KV index counts its rows wrongly: restart the router, and report this")
+            if sum(member.held for member in self._in_use()) != self._held:
+                raise TandemError("the KV index counts its holdings wrongly: restart the router, and report this")
             for slot in range(bits.shape[1]):
                 self._check_slot(slot, bits[:, slot])
 
@@ -158,9 +161,6 @@ class KvIndex:
     def _in_use(self) -> list[Member]:
         return [member for member in self._members if member is not None]
 
-    def _held(self) -> int:
-        return sum(member.held for member in self._in_use())
-
     def _member(self, slot: int) -> Member:
         member = self._members[slot] if 0 <= slot < len(self._members) else None
         if member is None:
@@ -170,22 +170,26 @@ class KvIndex:
     def _occupy(self, name: str, dp_rank: int, block_size: int) -> int:
         free = [slot for slot, member in enumerate(self._members) if member is None]
         slot = free[0] if free else len(self._members)
-        if slot >= _MAX_SLOTS:
-            raise ConfigError(f"more than {_MAX_SLOTS} dp ranks: give each router fewer workers")
+        if slot >= MAX_SLOTS:
+            raise ConfigError(f"more than {MAX_SLOTS} dp ranks: give each router fewer workers")
         self._enter(Member(slot, name, dp_rank, block_size))
         return slot
 
     def _enter(self, member: Member) -> None:
         self._reshape(max(self._words, member.slot // 64 + 1), self._planes)
+        member.settle(self._words)
         with self._reading:
             self._members.extend([None] * (member.slot + 1 - len(self._members)))
             self._members[member.slot] = member
+        self._held += member.held
 
     def _store(self, member: Member, event: BlockStored) -> ApplyResult:
         size = len(event.hashes)
         if not 0 <= event.group < holdings.GROUPS:
             return ApplyResult(refused=size)
-        self._enforce(member, member.learn(event))
+        required = member.learn(event)
+        if required is not None:
+            self._enforce(member, required)
         if not member.counts(event.group, event.tier):
             return ApplyResult(ignored=size)
         if len(event.tokens) == 0:
@@ -216,17 +220,17 @@ class KvIndex:
 
     def _store_keys(self, member: Member, event: BlockStored, keys: Keys) -> ApplyResult:
         size = len(event.hashes)
-        room = min(size, self._max_blocks - self._held())
+        room = min(size, self._max_blocks - self._held)
         member.reserve(room)
         self._grow(room, event.tier)
-        place, counts = member.place(self._words), np.zeros(5, np.int64)
+        counts = np.zeros(5, np.int64)
         group, hashes = np.uint64(1 << event.group), read_only(event.hashes)
         for begin in range(0, size, _PIECE):
             piece = slice(begin, begin + _PIECE)
             with self._reading:
-                holdings.store(member.rows, self._rows, self._used, hashes[piece], keys[piece], place, member.required,
+                holdings.store(member.rows, self._rows, self._used, hashes[piece], keys[piece], member.place, member.required,
                                int(event.tier), group, room, counts)
-        member.held += int(counts[holdings.ADDED])
+        self._hold(member, int(counts[holdings.ADDED]))
         stored, unresolved, refused = (int(counts[which]) for which in (holdings.STORED, holdings.UNKNOWN, holdings.REFUSED))
         return ApplyResult(stored=stored, unresolved=unresolved, refused=refused)
 
@@ -235,14 +239,14 @@ class KvIndex:
         if event.group is not None and not member.counts(event.group, event.tier) and member.partial >> event.group & 1:
             return ApplyResult(ignored=size)
         groups = _ALL_GROUPS if event.group is None else np.uint64((1 << event.group) & holdings.ALL_GROUPS)
-        place, unknown, counts = member.place(self._words), np.zeros(size, np.bool_), np.zeros(5, np.int64)
+        unknown, counts = np.zeros(size, np.bool_), np.zeros(5, np.int64)
         hashes = read_only(event.hashes)
         for begin in range(0, size, _PIECE):
             piece = slice(begin, begin + _PIECE)
             with self._reading:
-                holdings.remove(member.rows, self._rows, self._used, hashes[piece], place, member.required, int(event.tier), groups,
+                holdings.remove(member.rows, self._rows, self._used, hashes[piece], member.place, member.required, int(event.tier), groups,
                                 unknown[piece], counts)
-        member.held += int(counts[holdings.ADDED])
+        self._hold(member, int(counts[holdings.ADDED]))
         if self._orphans.waits_for(member.slot):
             unknown &= ~self._orphans.remove(member.slot, event.tier, event.group, event.hashes)
         return ApplyResult(removed=int(counts[holdings.REMOVED]), unknown_removed=int(np.count_nonzero(unknown)))
@@ -255,14 +259,22 @@ class KvIndex:
                 self._require(member, tier, int(required[tier]))
             member.required[tier] = required[tier]
         if changed and member.held:
-            member.rebuild(member.held)
+            self._compact(member)
+
+    def _compact(self, member: Member) -> None:
+        self._held -= member.held
+        member.rebuild(member.held)
+        self._held += member.held
+
+    def _hold(self, member: Member, blocks: int) -> None:
+        member.held += blocks
+        self._held += blocks
 
     def _require(self, member: Member, tier: Tier, required: int) -> None:
         self._grow(member.held, tier)
-        place = member.place(self._words)
         for begin in range(0, len(member.rows), _SCAN):
             with self._reading:
-                holdings.require(member.rows, begin, min(begin + _SCAN, len(member.rows)), self._rows, self._used, place, int(tier),
+                holdings.require(member.rows, begin, min(begin + _SCAN, len(member.rows)), self._rows, self._used, member.place, int(tier),
                                  member.required[tier], np.uint64(required))
         member.required[tier] = required
 
@@ -282,11 +294,13 @@ class KvIndex:
         index_table.copy_rows(self._rows, self._words, rows, words)
         with self._reading:
             self._rows, self._words, self._planes = rows, words, planes
+        for member in self._in_use():
+            member.settle(words)
 
     def _check_slot(self, slot: int, bits: NDArray[np.int64]) -> None:
         member = self._members[slot] if slot < len(self._members) else None
         held = np.zeros(_TIERS, np.int64)
-        wrong = 0 if member is None else holdings.faults(member.rows, self._rows, member.place(self._words), member.required, held)
+        wrong = 0 if member is None else holdings.faults(member.rows, self._rows, member.place, member.required, held)
         if wrong or (held != bits).any():
             raise TandemError(f"slot {slot} of the KV index contradicts itself ({wrong} faults, {held} blocks by tier, {bits} bits): "
                               "remove the worker and add it again, and report this")

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of events, in blocks: per event and in total."""
 
-from dataclasses import astuple, dataclass
+import msgspec
 
 
-@dataclass(frozen=True)
-class ApplyResult:
+class ApplyResult(msgspec.Struct, frozen=True):
     """Fate of one event's blocks. In hybrid models each group counts apart."""
 
     stored: int = 0
@@ -25,11 +24,14 @@ class ApplyResult:
     """Of groups that don't count (sliding windows beside full attention)."""
 
     def __add__(self, other: "ApplyResult") -> "ApplyResult":
-        return ApplyResult(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return ApplyResult(
+            self.stored + other.stored, self.removed + other.removed, self.unknown_removed + other.unknown_removed,
+            self.orphans + other.orphans, self.dropped + other.dropped, self.refused + other.refused,
+            self.unresolved + other.unresolved, self.ignored + other.ignored,
+        )
 
 
-@dataclass(frozen=True)
-class IndexStats:
+class IndexStats(msgspec.Struct, frozen=True):
     """State of the index now, and all that was ever applied."""
 
     blocks: int
@@ -43,8 +45,7 @@ class IndexStats:
     applied: ApplyResult
 
 
-@dataclass(frozen=True)
-class SlotInfo:
+class SlotInfo(msgspec.Struct, frozen=True):
     """One slot in use."""
 
     slot: int

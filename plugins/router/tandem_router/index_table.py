@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from tandem_protocol.compiled import Int, compiled, inlined, prefetch, trailing_zeros
 
+from tandem_router.table_memory import zeroed
+
 Rows = NDArray[np.uint64]
 
 _ZERO = np.uint64(0)
@@ -21,7 +23,7 @@ _AHEAD = 48
 
 def empty_rows(capacity: int, words: int, planes: int) -> Rows:
     """Rows of an empty table; `capacity` is a power of two."""
-    return np.zeros((capacity, 1 + planes * words), np.uint64)
+    return zeroed(capacity, 1 + planes * words)
 
 
 @inlined

@@ -10,6 +10,7 @@ from tandem_protocol.kv_events import BlockStored, Tier
 from tandem_router.holdings import copy_holdings, empty_holdings
 from tandem_router.index_table import Rows
 
+MAX_SLOTS = 4096
 _LEAST_ROWS = 1024
 _FULL_KINDS = frozenset({None, "full_attention", "mla_attention", "sink_full_attention", "unknown"})
 """Kinds of KV-cache group (vLLM's KVCacheSpecKind) without which no prefix hit is possible; None from publishers that don't say."""
@@ -34,13 +35,31 @@ class Member:
     partial: int = 0
     """Groups by kind: with and without full attention."""
     required: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
+    place: NDArray[np.uint64] = field(init=False)
 
-    def learn(self, event: BlockStored) -> NDArray[np.uint64]:
+    learned: set[tuple[int, str | None, Tier]] = field(default_factory=set)
+    """What events have told about groups."""
+
+    def __post_init__(self) -> None:
+        self.settle(self.slot // 64 + 1)
+
+    def settle(self, words: int) -> None:
+        """Notes the width of the index's masks. `place` is where the slot's bit is in it: a column per tier, then the bit."""
+        columns = [1 + tier * words + self.slot // 64 for tier in Tier]
+        self.place = np.array([*columns, 1 << (self.slot % 64)], np.uint64)
+
+    def learn(self, event: BlockStored) -> NDArray[np.uint64] | None:
         """Notes the event's group; answers which groups are required from now on, by tier, for the caller to enforce.
+
+        None if it tells nothing new.
 
         Windowed and state groups drop old blocks on purpose, so that they say little about a prefix: only full-attention
         groups count, or all groups if there is no such.
         """
+        told = (event.group, event.spec_kind, event.tier)
+        if told in self.learned:
+            return None
+        self.learned.add(told)
         bit = 1 << event.group
         if event.spec_kind is None and self.partial & bit:
             pass  # known better from another event
@@ -54,11 +73,6 @@ class Member:
     def counts(self, group: int, tier: Tier) -> bool:
         """Whether the group matters in the tier."""
         return bool(int(self.required[tier]) >> group & 1)
-
-    def place(self, words: int) -> NDArray[np.uint64]:
-        """Where the slot's bit is in the index: a column per tier, then the bit."""
-        columns = [1 + tier * words + self.slot // 64 for tier in Tier]
-        return np.array([*columns, 1 << (self.slot % 64)], np.uint64)
 
     def reserve(self, blocks: int) -> None:
         """Makes room for so many more rows."""

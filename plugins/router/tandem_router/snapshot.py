@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from tandem_protocol.errors import ConfigError
+from tandem_protocol.kv_events import Tier
 
 from tandem_router.holdings import copy_holdings, empty_holdings
-from tandem_router.members import Member, capacity_for
+from tandem_router.members import MAX_SLOTS, Member, capacity_for
 
 _VERSION = 1
 
@@ -24,6 +26,7 @@ class _Slot(msgspec.Struct, frozen=True):
     full: int
     partial: int
     required: list[int]
+    learned: list[tuple[int, str | None, int]]
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -35,7 +38,8 @@ def pack(members: Iterable[Member]) -> bytes:
     """All members, 24 bytes per block that one holds."""
     arrays, slots = {}, []
     for m in members:
-        slots.append(_Slot(m.slot, m.name, m.dp_rank, m.block_size, m.seen, m.full, m.partial, m.required.tolist()))
+        learned = [(group, kind, int(tier)) for group, kind, tier in m.learned]
+        slots.append(_Slot(m.slot, m.name, m.dp_rank, m.block_size, m.seen, m.full, m.partial, m.required.tolist(), learned))
         arrays[f"rows{m.slot}"] = m.rows[m.rows[:, 1] != 0]
     arrays["header"] = np.frombuffer(msgspec.json.encode(_Header(_VERSION, slots)), np.uint8)
     out = io.BytesIO()
@@ -55,10 +59,12 @@ def unpack(raw: bytes) -> list[tuple[Member, list[int]]]:
         raise ConfigError(f"not a snapshot of the KV index ({exc}): delete it, the index fills from events") from exc
 
 
-def _member(slot: _Slot, rows: np.ndarray) -> Member:  # type: ignore[type-arg]  # checked right here
-    if rows.dtype != np.uint64 or rows.ndim != 2 or rows.shape[1] != 3 or not 0 <= slot.slot < 4096 or len(slot.required) != 3 or len(slot.seen) != 3:
+def _member(slot: _Slot, rows: NDArray[np.uint64]) -> Member:
+    shapes_fit = rows.dtype == np.uint64 and rows.ndim == 2 and rows.shape[1] == 3 and len(slot.required) == len(slot.seen) == 3
+    if not shapes_fit or not 0 <= slot.slot < MAX_SLOTS:
         raise ValueError("an array has another shape")
     member = Member(slot.slot, slot.name, slot.dp_rank, slot.block_size, seen=slot.seen, full=slot.full, partial=slot.partial)
+    member.learned = {(group, kind, Tier(tier)) for group, kind, tier in slot.learned}
     member.rows = empty_holdings(capacity_for(max(len(rows), 1024)))
     member.held = copy_holdings(np.ascontiguousarray(rows), member.rows)
     return member
