@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine host tells discovery of its state; the engine is a stand-in, the event loop and its threads are real."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fakes import WAIT_S
+from tandem_worker.config import WorkerSettings
+from tandem_worker.host import EngineHost
+from tandem_worker.load import EngineLoad
+from tandem_worker.status import WorkerState
+
+
+class RecordingPresence:
+    """Remembers what the host told it."""
+
+    status = "registered"
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.dead = threading.Event()
+
+    def follow(self, state: WorkerState) -> None:
+        """Any thread."""
+        self.told.append(state.value)
+        if state is WorkerState.DEAD:
+            self.dead.set()
+
+    async def leave(self) -> None:
+        """On the event loop."""
+        self.told.append("left")
+
+
+@pytest.fixture
+def engine() -> Any:
+    """A living engine without requests."""
+    return SimpleNamespace(errored=False, shutdown=lambda timeout: None)
+
+
+@pytest.fixture
+def host(engine: Any) -> Iterator[EngineHost]:
+    """A started host."""
+    generator: Any = SimpleNamespace(engine=engine, load=EngineLoad())
+    started = EngineHost(generator, WorkerSettings(drain_timeout_s=1), lambda: None)
+    started.start()
+    yield started
+    if started.state is not WorkerState.STOPPED:
+        started.shutdown()
+
+
+def announce(host: EngineHost) -> RecordingPresence:
+    """A presence that follows the host."""
+    presence = RecordingPresence()
+
+    async def on_loop() -> None:
+        host.announce(presence)
+
+    host.run(on_loop()).result(WAIT_S)
+    return presence
+
+
+def test_shutting_down_drains_first_and_leaves_last(host: EngineHost) -> None:
+    """A router must see the drain before the worker is gone."""
+    presence = announce(host)
+    assert host.status().registration == "registered"
+    host.shutdown()
+    assert presence.told == ["ready", "draining", "stopped", "left"]
+
+
+def test_the_death_of_the_engine_is_told(host: EngineHost, engine: Any) -> None:
+    """By the watch over an idle engine."""
+    presence = announce(host)
+    engine.errored = True
+    assert presence.dead.wait(WAIT_S)
+    assert presence.told == ["ready", "dead"]
+
+
+def test_draining_is_told_at_once(host: EngineHost) -> None:
+    """While requests in flight still finish."""
+    presence = announce(host)
+    assert host.run(host.drain(1)).result(WAIT_S) == 0
+    assert presence.told == ["ready", "draining"]
+
+
+def test_a_presence_that_fails_to_leave_does_not_stop_the_shutdown(host: EngineHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine must go whatever discovery does."""
+    presence = announce(host)
+
+    async def fail() -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(presence, "leave", fail)
+    host.shutdown()
+    assert host.state is WorkerState.STOPPED
