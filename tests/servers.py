@@ -135,22 +135,24 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def tandem(run_dir: Path, *arguments: str, timeout_s: float = START_TIMEOUT_S, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Runs the `tandem` command."""
+def tandem(run_dir: Path, *arguments: str, timeout_s: float = START_TIMEOUT_S, cores: str = "",
+           **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the `tandem` command, on these cores if any are given."""
     variables = {**os.environ, "TANDEM_RUN_DIR": str(run_dir), **environment}
-    return subprocess.run([sys.executable, "-m", "tandem_cli.main", *arguments], env=variables, capture_output=True, text=True,
+    confined = ["taskset", "-c", cores] if cores else []
+    return subprocess.run([*confined, sys.executable, "-m", "tandem_cli.main", *arguments], env=variables, capture_output=True, text=True,
                           timeout=timeout_s, check=False)
 
 
 @contextmanager
-def serve(run_dir: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """A server, stopped at the end."""
+def serve(run_dir: Path, *arguments: str, cores: str = "", **environment: str) -> Iterator[Server]:
+    """A server, on these cores if any are given, stopped at the end."""
     first = free_ports(20)
     server = Server(run_dir, first, first + 1, first + 2)
     variables = {"DYN_SYSTEM_PORT": str(first + 3), "DYN_VLLM_KV_EVENT_PORT": str(first + 8),
                  "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12), "TANDEM_ROUTER_ADMIN_PORT": str(first + 16)}
     ports = ["--http-port", str(first), "--grpc-port", str(first + 1), "--metrics-port", str(first + 2)]
-    started = tandem(run_dir, "serve", "--detach", *ports, *arguments, **{**variables, **environment})
+    started = tandem(run_dir, "serve", "--detach", *ports, *arguments, cores=cores, **{**variables, **environment})
     try:
         assert started.returncode == 0, f"{started.stderr}\n{server.log[-3000:]}"
         yield server

@@ -4,22 +4,26 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
+from tandem_router.config import RouterSettings
 from tandem_worker.config import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
 
 
-@pytest.mark.parametrize("name", specs_of(WorkerSettings))
-def test_every_setting_is_documented_with_its_default(name: str) -> None:
-    """docs/configuration.md has a row for each worker setting: variable, name, default, unit, and the very help text."""
-    spec = specs_of(WorkerSettings)[name]
-    default = {field.name: field.default for field in dataclasses.fields(WorkerSettings)}[name]
+@pytest.mark.parametrize(
+    ("settings", "name"), [(settings, name) for settings in (WorkerSettings, RouterSettings) for name in specs_of(settings)]
+)
+def test_every_setting_is_documented_with_its_default(settings: type[Any], name: str) -> None:
+    """docs/configuration.md has a row for each setting: variable, name, default, unit, and the very help text."""
+    spec = specs_of(settings)[name]
+    default = {field.name: field.default for field in dataclasses.fields(settings)}[name]
     shown = "unset" if default in (None, "") else str(default).lower() if isinstance(default, bool) else str(default)
     flag = f"`--{name.replace('_', '-')}`" if spec.flag else DASH
     row = f"| `{spec.env}` | {flag} | `{name}` | {shown} | {spec.unit or DASH} | {spec.help} |"

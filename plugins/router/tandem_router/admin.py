@@ -39,6 +39,10 @@ class Served(Protocol):
     def active_requests(self) -> int:
         """Requests in flight."""
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the tokenizer is there."""
+
 
 class AdminServer:
     """Serves the admin routes of one router."""
@@ -78,8 +82,8 @@ class AdminServer:
         return web.json_response({"status": "ready"})
 
     async def _health(self, _: web.Request) -> web.Response:
-        ready = bool(self._router.fleet.generating.workers)
-        return web.json_response(fleet_report(self._router), status=200 if ready else 503)
+        report = fleet_report(self._router)
+        return web.json_response(report, status=200 if report["ready"] else 503)
 
     async def _fleet(self, _: web.Request) -> web.Response:
         return web.json_response(fleet_report(self._router))
@@ -113,7 +117,8 @@ def fleet_report(router: Served) -> dict[str, Any]:
          "admin_url": record.admin_url, "placed": not reason, "reason": reason}
         for record, reason in router.fleet.members
     ]
-    return {"router": router.name, "model": router.fleet.model, "active": router.active_requests, "workers": workers}
+    ready = router.prepared and bool(router.fleet.generating.workers)
+    return {"router": router.name, "ready": ready, "model": router.fleet.model, "active": router.active_requests, "workers": workers}
 
 
 def _loads(fleet: Fleet) -> Iterator[tuple[str, str, float]]:

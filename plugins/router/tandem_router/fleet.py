@@ -111,6 +111,7 @@ class Fleet:
     def _is_ours(self, record: WorkerRecord) -> bool:
         if not self._model:
             self._model = record.model
+            self.changed.set()
             log.info("fleet.model %s", record.model)
         return record.model == self._model
 

@@ -66,7 +66,6 @@ class Router:
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
         self._prompts: Prompts | None = None
-        self._loading = asyncio.Lock()
         self._stopping = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="tandem-router", daemon=True)
@@ -103,6 +102,11 @@ class Router:
         self._thread.join(_STOP_TIMEOUT_S)
 
     @property
+    def prepared(self) -> bool:
+        """Whether the tokenizer is there."""
+        return self._prompts is not None
+
+    @property
     def active_requests(self) -> int:
         """Requests in flight."""
         return len(self._active)
@@ -119,6 +123,7 @@ class Router:
         self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed)
         self._dispatcher = Dispatcher(self.fleet, self.connections, self.settings, self.metrics)
         self.fleet.start(EventProbe(self.connections, self.index, lambda: self.fleet.generating.block_size, self.name))
+        self._preparing = asyncio.create_task(self._prepare())
         self._admin = AdminServer(self)
         if self.settings.router_admin_port:
             await self._admin.start(self.settings.router_admin_host, self.settings.router_admin_port + self._instance)
@@ -127,6 +132,7 @@ class Router:
         for active in tuple(self._active.values()):
             self._cancel(active, UnavailableError("the router is shutting down: retry on another one"))
         await asyncio.gather(*(active.task for active in self._active.values() if active.task), return_exceptions=True)
+        self._preparing.cancel()
         await self._admin.stop()
         await self.fleet.close()
         await self._discovery.close()
@@ -167,7 +173,8 @@ class Router:
 
     async def _route(self, request: GenerationRequest, overrides: Overrides, deadline: float | None) -> Routed:
         """Tokenizes and hashes; waits for the first worker, which tells model and block size."""
-        prompts = self._prompts or await self._load_prompts()
+        prompts = self._prompts or await asyncio.shield(self._preparing)
+        await self._some_worker()
         started = time.perf_counter()
         token_ids = await prompts.token_ids(request)
         route = RouteRequest(
@@ -178,15 +185,15 @@ class Router:
         self.metrics.tokenized(time.perf_counter() - started)
         return Routed(request, token_ids, route, deadline, overrides.prefill_worker_id)
 
-    async def _load_prompts(self) -> Prompts:
-        await self._first_worker()
-        async with self._loading:
-            if self._prompts is None:
-                model = self.settings.router_tokenizer or self.fleet.model
-                self._prompts = Prompts(await asyncio.to_thread(load_tokenizer, model))
+    async def _prepare(self) -> Prompts:
+        """Loads the tokenizer as soon as the model is known, which may take half a minute: no request should wait for it."""
+        while not (self.settings.router_tokenizer or self.fleet.model):
+            self.fleet.changed.clear()
+            await self.fleet.changed.wait()
+        self._prompts = Prompts(await asyncio.to_thread(load_tokenizer, self.settings.router_tokenizer or self.fleet.model))
         return self._prompts
 
-    async def _first_worker(self) -> None:
+    async def _some_worker(self) -> None:
         try:
             async with asyncio.timeout(self.settings.placement_timeout_s):
                 while not self.fleet.generating.workers:

@@ -86,7 +86,8 @@ def _places_all(url: str, workers: int) -> bool:
     """Whether a router has found and checked every worker of the run; those of others don't matter here."""
     try:
         with urllib.request.urlopen(f"{url}/fleet", timeout=_HTTP_TIMEOUT_S) as response:  # noqa: S310 - always http to this host
-            return sum(worker["placed"] for worker in json.load(response)["workers"]) >= workers
+            fleet = json.load(response)
+            return bool(fleet["ready"]) and sum(worker["placed"] for worker in fleet["workers"]) >= workers
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
 

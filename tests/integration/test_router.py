@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model `router` in a real tritonserver, over two real vLLM workers; in the end one of them is killed."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from calls import PARIS_PROMPT, Call, collect, connect, responses, text_of
+from servers import Server, get_json, serve, wait_for
+
+GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
+STREAMS = 8
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two servers with a worker each; the router is in the first."""
+
+    front: Server
+    back: Server
+
+    def fleet(self) -> list[dict[str, Any]]:
+        """The workers as the router sees them."""
+        return list(get_json(f"{self.front.state['router_urls'][0]}/fleet")["workers"])
+
+    def placed(self) -> list[str]:
+        """gRPC addresses of the workers in placement."""
+        return [worker["grpc_url"] for worker in self.fleet() if worker["placed"]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two servers that share one discovery, as two hosts would."""
+    run, cores = tmp_path_factory.mktemp("routed"), sorted(os.sched_getaffinity(0))
+    common = ["--mode", "agg", "--dtype", "float32", "--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "2048"]
+    discovery = f"file:{run / 'discovery'}"
+    with serve(run, *common, cores=str(cores[0]), TANDEM_DISCOVERY=discovery) as front, \
+            serve(run, *common, "--routers", "0", cores=str(cores[-1]), TANDEM_DISCOVERY=discovery) as back:
+        both = Pair(front, back)
+        wait_for(lambda: len(both.placed()) == 2, 120, "both workers in placement")
+        yield both
+
+
+@pytest.fixture
+async def router(pair: Pair) -> AsyncIterator[Any]:
+    """A gRPC client."""
+    async with connect(pair.front.grpc_url) as connected:
+        yield connected
+
+
+async def cached_tokens(client: Any, prompt: str) -> int:
+    """What the worker that got the prompt says was cached."""
+    [answer, *_] = await collect(client, Call("router", prompt=prompt, sampling={"max_tokens": 1}, returns=("num_cached_tokens",)))
+    return int(answer["num_cached_tokens"][0])
+
+
+async def test_the_router_answers_as_a_worker_does(router: Any) -> None:
+    """Same tensors, same text."""
+    through, direct = [await text_of(router, Call(model, prompt=PARIS_PROMPT, sampling=GREEDY)) for model in ("router", "vllm")]
+    assert "Paris" in through
+    assert through == direct
+
+
+async def test_repeated_prefixes_go_to_the_worker_that_has_them(router: Any) -> None:
+    """Four prefixes over two workers, each asked three times in turn: the workers' own counts prove it."""
+    prefixes = [f"Story {i}. " + "The ship sailed on over the wide sea and nobody looked back. " * 12 for i in range(4)]
+    first = [await cached_tokens(router, prefix) for prefix in prefixes]
+    again = [await cached_tokens(router, f"{prefix}{tail}") for tail in ("And then", "But soon") for prefix in prefixes]
+    assert max(first) < 32
+    assert min(again) >= 128
+
+
+async def test_a_query_says_where_and_why(router: Any) -> None:
+    """Without sending the request there."""
+    answer = json.loads(await text_of(router, Call("router", prompt=PARIS_PROMPT, parameters={"router_query": True})))
+    assert answer["worker"]["triton_model"] == "vllm"
+    assert sum(term["chosen"] for term in answer["worker"]["candidates"]) == 1
+    assert {term["active_requests"] for term in answer["worker"]["candidates"]} == {0}
+
+
+async def test_bad_input_gets_its_error_through_the_router(router: Any) -> None:
+    """From the router itself or from the worker; the next good request works."""
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"max_tokens": -1}, "max_tokens"), ({"lora_name": "none"}, "LoRA adapter"), ({"tempreture": 1}, "did you mean"))
+    for sampling, message in cases:
+        with pytest.raises(InferenceServerException, match=message):
+            await collect(router, Call("router", sampling=sampling))
+    with pytest.raises(InferenceServerException, match="unknown routing parameter"):
+        await collect(router, Call("router", parameters={"router_wish": 1}))
+    assert "Paris" in await text_of(router, Call("router", sampling=GREEDY))
+
+
+async def test_a_cancelled_stream_frees_the_worker(pair: Pair, router: Any) -> None:
+    """gRPC cancel at the router reaches the engine."""
+    async for _ in responses(router, Call("router", sampling={**GREEDY, "max_tokens": 1500})):
+        break
+    servers = (pair.front, pair.back)
+    await asyncio.to_thread(wait_for, lambda: all(one.health("vllm")["active"] == 0 for one in servers), 15, "both workers to be idle")
+
+
+async def test_streams_survive_the_death_of_their_engine(pair: Pair, router: Any) -> None:
+    """kill -9 of one engine with eight streams running: every text equals the unbroken one."""
+    calls = [Call("router", prompt=f"Tell me tale {i}.", sampling=GREEDY) for i in range(STREAMS)]
+    unbroken = [await text_of(router, call) for call in calls]
+    begun = [asyncio.Event() for _ in calls]
+
+    async def follow(call: Call, event: asyncio.Event) -> str:
+        text = ""
+        async for response in responses(router, call):
+            text += response["text_output"][0]
+            event.set()
+        return text
+
+    running = [asyncio.create_task(follow(call, event)) for call, event in zip(calls, begun, strict=True)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    assert pair.back.health("vllm")["active"] > 0
+    engine_of(pair.back).send_signal(signal.SIGKILL)
+    assert await asyncio.gather(*running) == unbroken
+    await asyncio.to_thread(wait_for, lambda: pair.placed() == [pair.front.grpc_url], 60, "the dead worker to leave placement")
+
+
+def engine_of(server: Server) -> psutil.Process:
+    """The EngineCore process of a server with one worker, found below its stub: vLLM renames it, which can blur its environment."""
+    stubs = [process for process in server.processes() if "triton_python_backend_stub" in " ".join(process.cmdline())]
+    return next(child for stub in stubs for child in stub.children() if "EngineCor" in f"{child.name()} {' '.join(child.cmdline())}")
