@@ -115,6 +115,23 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_token_budget_while_others_de
     assert len(during) == 4  # its own first token, and one in each of the three chunks of 15, 15 and 10
 
 
+def test_a_prompt_whose_chunk_is_one_token_gives_no_output_before_its_last() -> None:
+    reader = make(batched=5)
+    serve(reader, request("decodes", prompt(2, 1), 9), request("chunked", prompt(14, 2), 2))
+    assert reader.tokens("chunked") == serve(make(), request("chunked", prompt(14, 2), 2)).tokens("chunked")
+    two = make(batched=2)
+    assert serve(two, request("a", prompt(3, 1), 9), request("b", prompt(7, 2), 1)).tokens("b") == serve(
+        make(), request("b", prompt(7, 2), 1)).tokens("b")
+
+
+def test_milestones_are_the_first_and_the_last_token() -> None:
+    engine = MockEngine(EngineSettings(block_size=4, total_blocks=100), TIMING, milestones_only=True)
+    whole = serve(make(), request("a", prompt(10), 9)).tokens("a")
+    reader = serve(Reader(engine), request("a", prompt(10), 9))
+    assert [(output.index, output.finished) for _, output in reader.outputs] == [(0, False), (8, True)]
+    assert reader.tokens("a") == [whole[0], whole[-1]]
+
+
 def test_no_more_than_max_num_seqs_run_together() -> None:
     reader = make(seqs=2)
     for index in range(5):

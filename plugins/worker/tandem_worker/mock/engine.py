@@ -42,8 +42,10 @@ class _Batch:
 class MockEngine:
     """One simulated engine."""
 
-    def __init__(self, settings: EngineSettings, timing: StepTiming) -> None:
+    def __init__(self, settings: EngineSettings, timing: StepTiming, *, milestones_only: bool = False) -> None:
+        """`milestones_only`: outputs tell of each request's first and last token only, which is all that a replay looks at."""
         self.settings = settings
+        self._milestones_only = milestones_only
         self.counts = EngineCounts()
         self._timing = timing
         self._pool = BlockPool(settings.total_blocks)
@@ -90,7 +92,7 @@ class MockEngine:
         if self._blocks_of(length + request.max_tokens) > self._pool.total:
             raise RequestError(f"{length + request.max_tokens} tokens do not fit into {self._pool.total} KV blocks: shorten the request")
         chain = TokenChain(request.prompt, self.settings.block_size, self.settings.vocabulary)
-        self._waiting.append(Sequence(request, chain))
+        self._waiting.append(Sequence(request, chain, 1 if self.settings.role is Role.PREFILL else request.max_tokens))
 
     def abort(self, request_id: str) -> bool:
         """Drops a request and frees its blocks; False if it isn't here. Outputs of a step under way may still name it."""
@@ -133,10 +135,8 @@ class MockEngine:
         seconds = self._timing.seconds(batch.shape())
         self.counts.steps += 1
         self.counts.computed_tokens += self.settings.max_num_batched_tokens - batch.budget
-        outputs = tuple(self._emit(sequence, now + seconds) for sequence in batch.emitting)
-        if any(output.finished for output in outputs):
-            self._running = [sequence for sequence in self._running if sequence.generated < self._allowed(sequence)]
-        self.counts.generated_tokens += len(outputs)
+        outputs = self._emit(batch.emitting, now + seconds)
+        self.counts.generated_tokens += len(batch.emitting)
         return StepResult(now + seconds, outputs, self._take_events(), seconds)
 
     def _next_event(self) -> float | None:
@@ -150,19 +150,25 @@ class MockEngine:
     def _blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.settings.block_size)
 
-    def _allowed(self, sequence: Sequence) -> int:
-        return 1 if self.settings.role is Role.PREFILL else sequence.request.max_tokens
-
     # --- scheduling -----------------------------------------------------------------------------------------------
 
     def _schedule_running(self, batch: _Batch) -> None:
-        position = 0
+        position, size = 0, self.settings.block_size
         while position < len(self._running) and batch.budget:
             sequence = self._running[position]
-            count = min(sequence.chain.length - sequence.computed, batch.budget)
-            if sequence.computed + count > len(sequence.blocks) * self.settings.block_size and not self._grow(sequence, count, batch):
+            computed = sequence.computed
+            count = min(sequence.chain.length - computed, batch.budget)
+            if computed + count > len(sequence.blocks) * size and not self._grow(sequence, count, batch):
                 break
-            self._advance(sequence, count, batch)
+            if computed + 1 == sequence.chain.length and (computed + 1) % size:
+                # What nearly every sequence does in nearly every step, short: decode within a block.
+                sequence.computed = computed + 1
+                batch.budget -= 1
+                batch.decode_sequences += 1
+                batch.context_tokens += computed
+                batch.emitting.append(sequence)
+            else:
+                self._advance(sequence, count, batch)
             position += 1
 
     def _grow(self, sequence: Sequence, count: int, batch: _Batch) -> bool:
@@ -256,16 +262,28 @@ class MockEngine:
         tokens = sequence.chain.tokens(first * size, last * size).view(np.uint32)
         self._events.append(BlockStored(hashes=np.array(hashes, dtype=np.uint64), parent=parent, tokens=tokens, block_size=size))
 
-    def _emit(self, sequence: Sequence, at: float) -> EngineOutput:
-        index = sequence.generated
-        token = sequence.chain.generate()
-        sequence.generated += 1
-        finished = sequence.generated >= self._allowed(sequence)
-        if finished and self.settings.role is Role.PREFILL:
+    def _emit(self, sequences: list[Sequence], at: float) -> tuple[EngineOutput, ...]:
+        """Every sequence gets its next token; those that are complete leave."""
+        outputs: list[EngineOutput] = []
+        ended = False
+        for sequence in sequences:
+            token, index = sequence.chain.generate(), sequence.generated
+            sequence.generated = index + 1
+            finished = sequence.generated >= sequence.limit
+            if finished:
+                ended = True
+                self._end(sequence, at)
+            if finished or index == 0 or not self._milestones_only:
+                outputs.append(EngineOutput(sequence.request.request_id, token, index, sequence.cached_tokens, finished))
+        if ended:
+            self._running = [sequence for sequence in self._running if sequence.generated < sequence.limit]
+        return tuple(outputs)
+
+    def _end(self, sequence: Sequence, at: float) -> None:
+        if self.settings.role is Role.PREFILL:
             self._held[sequence.request.request_id] = (sequence, at + self.settings.handoff_lease_s)
-        elif finished:
+        else:
             self._pool.release(sequence.blocks)
-        return EngineOutput(sequence.request.request_id, token, index, sequence.cached_tokens, finished)
 
     # --- transfers ------------------------------------------------------------------------------------------------
 

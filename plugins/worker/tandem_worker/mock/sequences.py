@@ -37,6 +37,8 @@ class Sequence:
 
     request: EngineRequest
     chain: TokenChain
+    limit: int
+    """Tokens to generate in this role."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose KV is in `blocks`."""

@@ -17,7 +17,7 @@ U64 = npt.NDArray[np.uint64]
 _MASK = (1 << 64) - 1
 _BASE = 0x5851F42D4C957F2D
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
-_TOKEN_SALT = 0x9E3779B97F4A7C15
+_TOKEN_FACTOR, _TOKEN_SALT = 0xD6E8FEB86659FD93, 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -39,8 +39,8 @@ class TokenChain:
 
     def generate(self) -> int:
         """Appends the next token, 0 <= token < vocabulary, and returns it."""
-        token = (_mix(self._state) >> 16) % self._vocabulary
-        self._state = (self._state * _BASE + _mix(token + _TOKEN_SALT & _MASK)) & _MASK
+        token = (self._state >> 32) % self._vocabulary
+        self._state = (self._state * _BASE + token * _TOKEN_FACTOR + _TOKEN_SALT) & _MASK
         self._generated.append(token)
         self.length += 1
         if self.length % self._block_size == 0:
@@ -57,9 +57,9 @@ class TokenChain:
 
 
 def _states(tokens: Tokens) -> U64:
-    """The rolling state after each token: s[i] = s[i-1] * base + mix(token[i])."""
+    """The rolling state after each token: s[i] = s[i-1] * base + token[i] * factor + salt."""
     powers, inverses = _powers(1 << max(10, (len(tokens) - 1).bit_length()))
-    terms = _mixed(tokens.astype(np.uint64) + np.uint64(_TOKEN_SALT)) * inverses[: len(tokens)]
+    terms = (tokens.astype(np.uint64) * np.uint64(_TOKEN_FACTOR) + np.uint64(_TOKEN_SALT)) * inverses[: len(tokens)]
     states: U64 = np.cumsum(terms, dtype=np.uint64) * powers[: len(tokens)]
     return states
 
