@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from dynamo.llm import compute_block_hash_for_seq
 from numpy.typing import NDArray
+
 from tandem_protocol.blocks import Keys, hash_blocks
 from tandem_protocol.kv_events import BlockStored, encode
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 from dynamo.llm import RadixTree, compute_block_hash_for_seq
-from tandem_protocol.blocks import hash_blocks
-from tandem_protocol.kv_events import BlockStored, decode, encode
-from tandem_router.index import KvIndex, warm_up
 
 from benchmarks import hardware
 from benchmarks.errors import BenchmarkError
 from benchmarks.index_workload import BLOCK_SIZE, PROMPT_BLOCKS, Prompt, Workload, make_prompts, make_workload
+from tandem_protocol.blocks import hash_blocks
+from tandem_protocol.kv_events import BlockStored, decode, encode
+from tandem_router.index import KvIndex, warm_up
 
 LENGTHS = (128, 1000, 8000)
 WORKERS = (8, 64)

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+
 from tandem_protocol.blocks import extend, extra_key, hash_blocks, root_of, salt_of
 from tandem_protocol.errors import RequestError
 

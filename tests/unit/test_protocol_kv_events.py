@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tandem_protocol.blocks import extra_key
 from tandem_protocol.errors import RequestError
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Tier, decode, encode
@@ -53,7 +54,9 @@ def test_hashes_of_bytes_and_signed_integers() -> None:
     assert decode_one({**STORED, "parent_block_hash": -2}).parent == 2**64 - 2
 
 
-@pytest.mark.parametrize(("medium", "tier"), [(None, Tier.GPU), ("GPU", Tier.GPU), ("CPU", Tier.CPU), ("cpu", Tier.CPU), ("STORAGE", Tier.STORAGE)])
+@pytest.mark.parametrize(("medium", "tier"), [
+    (None, Tier.GPU), ("GPU", Tier.GPU), ("CPU", Tier.CPU), ("cpu", Tier.CPU), ("STORAGE", Tier.STORAGE),
+])
 def test_mediums(medium: str | None, tier: Tier) -> None:
     """None is the GPU; vLLM's Mooncake connector writes lower case."""
     assert decode_one({**STORED, "medium": medium}).tier is tier

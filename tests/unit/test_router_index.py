@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+
 from tandem_protocol.blocks import hash_blocks, salt_of
 from tandem_protocol.errors import ConfigError, TandemError
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Tier

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tandem_protocol.blocks import hash_blocks
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Tier
 from tandem_router.index import KvIndex, warm_up

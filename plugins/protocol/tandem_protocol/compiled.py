@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]  # numba's own, without stubs
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.compiled import compiled, inlined, load_u32_big_endian, load_u64_big_endian, read_only
+from tandem_protocol.compiled import Int, compiled, inlined, load_u32_big_endian, load_u64_big_endian, read_only
 
 _BYTE = np.uint64(8)
 
@@ -45,7 +45,7 @@ def _checked(values: NDArray[Any], ok: bool) -> NDArray[Any]:
 
 
 @inlined
-def _big_endian(raw: NDArray[np.uint8], at: int, size: int) -> np.uint64:
+def _big_endian(raw: NDArray[np.uint8], at: Int, size: Int) -> Int:
     value = np.uint64(0)
     for index in range(at, at + size):
         value = (value << _BYTE) | np.uint64(raw[index])
@@ -53,15 +53,16 @@ def _big_endian(raw: NDArray[np.uint8], at: int, size: int) -> np.uint64:
 
 
 @inlined
-def _sign_extended(value: np.uint64, size: int) -> np.uint64:
+def _sign_extended(value: Int, size: Int) -> Int:
     shift = np.uint64(64 - 8 * size)
     return np.uint64(np.int64(value << shift) >> np.int64(shift))
 
 
 @inlined
-def _header(raw: NDArray[np.uint8]) -> tuple[int, int]:
+def _header(raw: NDArray[np.uint8]) -> tuple[Int, Int]:
     """Elements and where the first begins; -1 elements if it is no array or longer than its bytes."""
-    count, at = np.int64(-1), 1
+    count: Int = np.int64(-1)
+    at = 1
     if len(raw) >= 1 and 0x90 <= raw[0] <= 0x9F:
         count = np.int64(raw[0]) - 0x90
     elif len(raw) >= 3 and raw[0] == 0xDC:
@@ -72,9 +73,11 @@ def _header(raw: NDArray[np.uint8]) -> tuple[int, int]:
 
 
 @inlined
-def _element(raw: NDArray[np.uint8], at: int) -> tuple[np.uint64, int]:
+def _element(raw: NDArray[np.uint8], at: Int) -> tuple[Int, Int]:
     """The element at `at` and where the next one begins; -1 there if it is none of ours."""
-    kind, value, following = np.int64(raw[at]), np.uint64(0), np.int64(-1)
+    kind: Int = np.int64(raw[at])
+    value: Int = np.uint64(0)
+    following: Int = np.int64(-1)
     if kind <= 0x7F:
         value, following = np.uint64(kind), at + 1
     elif kind >= 0xE0:
@@ -88,15 +91,15 @@ def _element(raw: NDArray[np.uint8], at: int) -> tuple[np.uint64, int]:
     elif 0xC4 <= kind <= 0xC6:
         prefix = 1 << (kind - 0xC4)
         if at + 1 + prefix <= len(raw):
-            size = np.int64(_big_endian(raw, at + 1, prefix))
-            following = at + 1 + prefix + size
+            length: Int = np.int64(_big_endian(raw, at + 1, prefix))
+            following = at + 1 + prefix + length
             if following <= len(raw):
-                value = _big_endian(raw, following - min(size, 8), min(size, 8))
+                value = _big_endian(raw, following - min(length, 8), min(length, 8))
     return value, (following if following <= len(raw) else -1)
 
 
 @inlined
-def _fill(raw: NDArray[np.uint8], at: int, values: NDArray[Any]) -> bool:
+def _fill(raw: NDArray[np.uint8], at: Int, values: NDArray[Any]) -> Int:
     """Reads len(values) elements; False if they are not what they should be or don't end with the bytes."""
     base, place = np.uint64(raw.ctypes.data), np.uint64(at)
     size, roomy = np.uint64(len(raw)), np.uint64(max(len(raw) - 8, 0))

@@ -143,7 +143,10 @@ class KvIndex:
             return snapshot.pack(self._in_use())
 
     def load(self, raw: bytes) -> None:
-        """Fills an empty index from `dump`. Raises ConfigError if it isn't empty, the snapshot is none or too big; TandemError if it is damaged."""
+        """Fills an empty index from `dump`.
+
+        Raises ConfigError if the index isn't empty, or the snapshot is none or too big; TandemError if it is damaged.
+        """
         with self._writing:
             if self._members:
                 raise ConfigError("a snapshot is loaded into an index that has workers: load it before the first add_worker")

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem_protocol.compiled import Int, compiled, inlined, prefetch, trailing_zeros
-
 from tandem_router.table_memory import zeroed
 
 Rows = NDArray[np.uint64]

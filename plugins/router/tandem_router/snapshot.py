@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.kv_events import Tier
-
 from tandem_router.holdings import copy_holdings, empty_holdings
 from tandem_router.members import MAX_SLOTS, Member, capacity_for
 
