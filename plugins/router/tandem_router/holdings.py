@@ -10,7 +10,7 @@ At most one of a slot's hashes with the same key counts in a tier, the last (an 
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.compiled import Int, compiled, fold_multiply, inlined
+from tandem_protocol.compiled import Int, compiled, fold_multiply, inlined, prefetch
 from tandem_router.index_table import Rows, clear_bit, has_bit, set_bit
 from tandem_router.table_memory import zeroed
 
@@ -18,6 +18,8 @@ GROUPS = 16
 """Groups per slot that can be told apart."""
 ALL_GROUPS = (1 << GROUPS) - 1
 
+_AHEAD = 12
+"""How many blocks ahead of the current one a store asks for the rows."""
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _GROUP_BITS = np.uint64(GROUPS)
@@ -82,6 +84,12 @@ def _complete(groups: Int, required: Int) -> Int:
     return required != _ZERO and (groups & required) == required
 
 
+@inlined
+def _prefetch_rows(rows: Rows, table: Rows, block_hash: Int, key: Int) -> None:
+    prefetch(np.uint64(rows.ctypes.data) + _home(rows, block_hash) * np.uint64(24))
+    prefetch(np.uint64(table.ctypes.data) + (key & np.uint64(len(table) - 1)) * np.uint64(8 * table.shape[1]))
+
+
 @compiled
 def key_of(rows: Rows, block_hash: Int) -> Int:
     """Our key for an engine's hash; 0 if it isn't held."""
@@ -125,6 +133,8 @@ def store(
     """
     bit = place[3]
     for index in range(len(hashes)):
+        if index + _AHEAD < len(hashes):
+            _prefetch_rows(rows, table, hashes[index + _AHEAD], keys[index + _AHEAD])
         row = _find(rows, hashes[index])
         key = keys[index] if keys[index] != _ZERO else rows[row, 1]
         if key == _ZERO:
