@@ -35,7 +35,7 @@ class KvIndex:
     """Blocks to workers. Slots number the dp ranks of workers; a slot is given to another worker after `remove_worker`."""
 
     def __init__(self, max_blocks: int = 1 << 24, max_orphans: int = 1 << 16) -> None:
-        """`max_blocks` bounds pairs of block and slot (about 60 bytes each), `max_orphans` blocks that wait for a parent."""
+        """`max_blocks` bounds pairs of block and slot (60 to 85 bytes each), `max_orphans` blocks that wait for a parent."""
         if max_blocks < 1 or max_orphans < 1:
             raise ConfigError(f"max_blocks {max_blocks} and max_orphans {max_orphans} must be at least 1")
         self._max_blocks = max_blocks

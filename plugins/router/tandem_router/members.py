@@ -12,8 +12,6 @@ from tandem_router.index_table import Rows
 
 MAX_SLOTS = 4096
 _LEAST_ROWS = 1024
-_BIG_ROWS = 1 << 17
-"""Smaller tables (below 3 MB) grow by four, so that a new worker's first events are not spent on copying; others by two."""
 _FULL_KINDS = frozenset({None, "full_attention", "mla_attention", "sink_full_attention", "unknown"})
 """Kinds of KV-cache group (vLLM's KVCacheSpecKind) without which no prefix hit is possible; None from publishers that don't say."""
 
@@ -79,7 +77,7 @@ class Member:
     def reserve(self, blocks: int) -> None:
         """Makes room for so many more rows."""
         if 3 * (self.held + blocks) > 2 * len(self.rows):
-            self.rebuild((self.held + blocks) * (2 if len(self.rows) < _BIG_ROWS else 1))
+            self.rebuild(self.held + blocks)
 
     def rebuild(self, blocks: int) -> None:
         """Moves to a table with room for `blocks` rows, without those that no group holds."""
