@@ -34,6 +34,7 @@ _REQUESTS = {8: 2000, 64: 5000}
 _COLUMNS = ("reuse_of_ideal", "hit", "ttft_p50_s", "ttft_p99_s", "load_spread", "busy", "drain_s", "decision_p50_ms", "decision_p99_ms",
             "decision_cpu_p99_ms", "hashing_p99_ms")
 _WARM_REQUESTS = 20
+_ROUTER = MODES["kv"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Options:
     load: float
     block_size: int
     prefill_load_scale: float
+    overlap_credit: float
     profile: Path | None
     seed: int
     as_json: bool
@@ -149,7 +151,8 @@ def _measure(workers: int, chosen: Options, report: Report) -> None:
     for mode in chosen.modes:
         settings = MODES[mode]
         if mode in ("kv", "approximate"):
-            settings = replace(settings, router_prefill_load_scale=chosen.prefill_load_scale)
+            settings = replace(settings, router_prefill_load_scale=chosen.prefill_load_scale,
+                               router_kv_overlap_score_credit=chosen.overlap_credit)
         outcome = Replay(settings, workers, engine, timing, chosen.seed).run(trace)
         report.results.setdefault(workers, {})[mode] = outcome
         _say(f"{workers} workers, {mode}: reuse {report.reuse(workers, mode):.2f} of ideal, TTFT p50 {outcome.ttft_p50_s:.3f} s, "
@@ -186,12 +189,15 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--requests", type=int, default=0, help=f"of the trace; 0 for {_REQUESTS} by workers")
     parser.add_argument("--load", type=float, default=0.6, help="share of the workers' time in work, if every prefix were reused")
     parser.add_argument("--block-size", type=_positive, default=64, help="tokens per KV block")
-    parser.add_argument("--prefill-load-scale", type=float, default=1.0, help="of kv and approximate: DYN_ROUTER_PREFILL_LOAD_SCALE")
+    parser.add_argument("--prefill-load-scale", type=float, default=_ROUTER.router_prefill_load_scale,
+                        help="of kv and approximate: DYN_ROUTER_PREFILL_LOAD_SCALE")
+    parser.add_argument("--overlap-credit", type=float, default=_ROUTER.router_kv_overlap_score_credit,
+                        help="of kv and approximate: DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT")
     parser.add_argument("--profile", type=Path, help="measured steps (JSON) in place of the made-up 8B on an H200")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(argv)
     return Options(given.trace, given.shape, tuple(given.workers), tuple(given.modes), given.requests, given.load, given.block_size,
-                   given.prefill_load_scale, given.profile, given.seed, given.json)
+                   given.prefill_load_scale, given.overlap_credit, given.profile, given.seed, given.json)
 
 
 def _positive(text: str) -> int:

@@ -168,7 +168,7 @@ class Replay:
         work = np.array([worker.work_s for worker in self._workers.values()])
         measured = self._measured
         if measured.tickets:
-            raise BenchmarkError(f"{len(measured.tickets)} requests were never answered: the mock engine stalled, report this with the seed")
+            raise BenchmarkError(f"{len(measured.tickets)} requests were never answered: the mock engine stalled, report the seed")
         return Outcome(
             hit=sum(count.cached_tokens for count in counts) / sum(item.input_length for item in trace),
             ttft_p50_s=_percentile(measured.ttft_s, 50), ttft_p99_s=_percentile(measured.ttft_s, 99),
