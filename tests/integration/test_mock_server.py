@@ -78,7 +78,7 @@ async def until(condition: Any, what: str) -> None:
     """Polls an async condition until it holds."""
     try:
         async with asyncio.timeout(WAIT_S):
-            while not await condition():
+            while not await condition():  # noqa: ASYNC110 - the state is another process's
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"not within {WAIT_S} s: {what}") from None
@@ -159,7 +159,7 @@ async def _replayed(socket: Any, first: int = 0) -> list[tuple[int, bytes]]:
 
 
 async def test_prefill_hands_over_to_decode_in_another_process_and_frees_its_blocks() -> None:
-    async with mock("--role", "prefill", "--name", "p", "--speedup", "20") as p, mock("--role", "decode", "--speedup", "20") as d:
+    async with mock("--role", "prefill", "--name", "p", "--speedup", "20") as p, mock("--role", "decode", "--speedup", "20") as d:  # noqa: SIM117 - two kinds of things
         async with connect(p.grpc) as prefiller, connect(d.grpc) as decoder:
             prompt = tokens(200)
             handoff = await prefill(prefiller, call("p_0", prompt, 20), "p_0")
@@ -229,7 +229,7 @@ async def test_a_killed_worker_breaks_its_streams_off_and_leaves_discovery_after
 async def test_die_after_ends_a_worker_in_mid_stream() -> None:
     async with mock("--die-after", "5", "--speedup", "20") as server, connect(server.grpc) as client:
         seen: list[int] = []
-        with pytest.raises(grpc.aio.AioRpcError, match="Socket closed"):
+        with pytest.raises(grpc.aio.AioRpcError, match="Socket closed"):  # noqa: PT012 - what came before the end counts
             async for item in responses(client, call("mock_0", tokens(10), 100, returns=("output_ids",))):
                 seen += item["output_ids"]
         assert len(seen) <= 5

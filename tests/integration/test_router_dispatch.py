@@ -85,7 +85,8 @@ def test_counts_of_a_moved_answer_are_those_of_one_answer(fragile: tuple[Mocks, 
     fleet, local = fragile
     sent = local.send(prompt(7), max_tokens=60, returns=("num_input_tokens", "num_output_tokens", "output_ids", "finish_reason"))
     until(lambda: bool(sent.responses), "the first token")
-    [busy] = [i for i, load in enumerate(sorted(local.router.fleet.generating.loads(), key=lambda load: load.worker_id)) if load.active_requests]
+    loads = sorted(local.router.fleet.generating.loads(), key=lambda load: load.worker_id)
+    [busy] = [i for i, load in enumerate(loads) if load.active_requests]
     fleet.kill(busy)
     assert sent.text
     with_tokens = [arrays for arrays in sent.responses if arrays.get("num_output_tokens") is not None]
@@ -180,9 +181,8 @@ def test_a_wrong_block_size_is_refused_with_a_sentence(calm: tuple[Mocks, LocalR
     """The others go on."""
     _, local = calm
     with mocks(Path(local.router.settings.discovery.removeprefix("file:")), "--block-size", "32", "--name", "odd"):
-        until(lambda: any(worker["reason"] for worker in get_json(f"{local.admin}/fleet")["workers"]), "a refusal")
-        [reason] = [worker["reason"] for worker in get_json(f"{local.admin}/fleet")["workers"] if not worker["placed"]]
-        until(lambda: "expects blocks of 16" in next(w["reason"] for w in get_json(f"{local.admin}/fleet")["workers"] if not w["placed"]), reason)
+        fleet = f"{local.admin}/fleet"
+        until(lambda: any("expects blocks of 16" in worker["reason"] for worker in get_json(fleet)["workers"]), "a refusal")
         assert local.send(prompt(17)).text
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import grpc  # type: ignore[import-untyped]  # grpcio ships no types
+import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tandem_cli.failures import from_message, from_status

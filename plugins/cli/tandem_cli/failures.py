@@ -7,7 +7,7 @@ The status is trusted; the message is matched against the few texts that Triton 
 
 import re
 
-import grpc  # type: ignore[import-untyped]  # grpcio ships no types
+import grpc
 
 from tandem_protocol.errors import EngineError, RequestCancelledError, RequestError, TandemError, UnavailableError
 

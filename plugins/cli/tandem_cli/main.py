@@ -31,6 +31,7 @@ SUBCOMMANDS = {
     "model": Subcommand("tandem_cli.serve.command_model", "print the folder of the embedded model"),
     "generate": Subcommand("tandem_cli.generate", "answer one prompt"),
     "chat": Subcommand("tandem_cli.chat", "hold a conversation"),
+    "route": Subcommand("tandem_cli.route", "explain where the router would send a prompt"),
     "status": Subcommand("tandem_cli.status", "show models and workers"),
 }
 

@@ -40,6 +40,8 @@ class GenerationRequest:
     timeout_s: float = 300.0
     """Deadline of the whole answer, from the call to the last token."""
     request_id: str = field(default_factory=new_request_id)
+    parameters: Mapping[str, str | bool] = field(default_factory=dict)
+    """Triton request parameters, such as the router's."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.returns) - _KNOWN_RETURNS)
@@ -100,6 +102,11 @@ def encode(request: GenerationRequest) -> service_pb2.ModelInferRequest:
     flags = {tensors.STREAM: request.stream, tensors.EXCLUDE_INPUT_IN_OUTPUT: True, **{f"return_{name}": True for name in request.returns}}
     for name, value in flags.items():
         _add(message, name, "BOOL", bool_contents=[value])
+    for name, parameter in request.parameters.items():
+        if isinstance(parameter, bool):
+            message.parameters[name].bool_param = parameter
+        else:
+            message.parameters[name].string_param = parameter
     return message
 
 

@@ -15,7 +15,7 @@ from tandem_cli.messages import Delta, GenerationRequest
 from tandem_cli.templates import Message, Template, choose_template
 from tandem_protocol.errors import ConfigError, UnavailableError
 
-PREFERRED_MODELS = ("disagg", "vllm")
+PREFERRED_MODELS = ("router", "disagg", "vllm")
 """What `--model` defaults to: the first of these that is ready."""
 
 

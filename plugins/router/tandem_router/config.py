@@ -183,7 +183,7 @@ class RouterSettings:
         help="How long any later token may take before the stream counts as broken.",
     )
 
-    router_model: str = setting(
+    model: str = setting(
         env="TANDEM_ROUTER_MODEL", default="", parse=str,
         help="Model that this router serves, as its workers name it; empty takes the first worker's. Others are left alone.",
     )

@@ -48,7 +48,7 @@ class Fleet:
         self._settings, self._discovery, self._index, self._feed = settings, discovery, index, feed
         self._probe: Probe | None = None
         self._members: dict[str, _Member] = {}
-        self._model = settings.router_model
+        self._model = settings.model
         self._watch: asyncio.Task[None] | None = None
 
     @property

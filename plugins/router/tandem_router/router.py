@@ -65,7 +65,7 @@ class Router:
         self._outbox = Outbox()
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
-        self._prompts: Prompts | None = None
+        self._prepared = False
         self._stopping = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="tandem-router", daemon=True)
@@ -104,7 +104,7 @@ class Router:
     @property
     def prepared(self) -> bool:
         """Whether the tokenizer is there."""
-        return self._prompts is not None
+        return self._prepared
 
     @property
     def active_requests(self) -> int:
@@ -173,7 +173,7 @@ class Router:
 
     async def _route(self, request: GenerationRequest, overrides: Overrides, deadline: float | None) -> Routed:
         """Tokenizes and hashes; waits for the first worker, which tells model and block size."""
-        prompts = self._prompts or await asyncio.shield(self._preparing)
+        prompts = await asyncio.shield(self._preparing)
         await self._some_worker()
         started = time.perf_counter()
         token_ids = await prompts.token_ids(request)
@@ -190,8 +190,9 @@ class Router:
         while not (self.settings.router_tokenizer or self.fleet.model):
             self.fleet.changed.clear()
             await self.fleet.changed.wait()
-        self._prompts = Prompts(await asyncio.to_thread(load_tokenizer, self.settings.router_tokenizer or self.fleet.model))
-        return self._prompts
+        prompts = Prompts(await asyncio.to_thread(load_tokenizer, self.settings.router_tokenizer or self.fleet.model))
+        self._prepared = True
+        return prompts
 
     async def _some_worker(self) -> None:
         try:

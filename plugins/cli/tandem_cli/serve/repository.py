@@ -22,7 +22,7 @@ def write_repository(fleet: Fleet, model: str, source: Path, target: Path) -> No
     for ensemble in fleet.ensembles:
         _write_ensemble(ensemble, source / "disagg", target / ensemble.name)
     if fleet.routers:
-        _write_router(fleet.routers, source / ROUTER, target / ROUTER)
+        _write_router(fleet.routers, model, source / ROUTER, target / ROUTER)
 
 
 def _write_worker(worker: WorkerPlan, model: str, template: Path, folder: Path) -> None:
@@ -36,10 +36,11 @@ def _write_worker(worker: WorkerPlan, model: str, template: Path, folder: Path) 
     model_json.write_text(json.dumps({**json.loads(model_json.read_text()), **worker.arguments}, indent=2) + "\n")
 
 
-def _write_router(instances: int, template: Path, folder: Path) -> None:
+def _write_router(instances: int, model: str, template: Path, folder: Path) -> None:
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = folder / "config.pbtxt"
-    config.write_text(config.read_text().replace("count: 1", f"count: {instances}", 1))
+    text = config.read_text().replace("count: 1", f"count: {instances}", 1)
+    config.write_text(f'{text}parameters {{ key: "model" value: {{ string_value: "{model}" }} }}\n')
 
 
 def _write_ensemble(ensemble: EnsemblePlan, template: Path, folder: Path) -> None:
