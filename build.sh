@@ -94,7 +94,7 @@ _main() {
     tandem) exec "$env/bin/tandem" "$@" ;;
     test) check && test_all "$@" ;;
     check) check ;;
-    bench) [ $# -gt 0 ] || die "which benchmark? one of: $(cd benchmarks && ls ./*.py | sed 's#./##; s#\.py##' | tr '\n' ' ')"
+    bench) [ $# -gt 0 ] || die "which benchmark? one of: $(cd benchmarks && grep -l '^if __name__' ./*.py | sed 's#./##; s#\.py##; s#_#-#g' | tr '\n' ' ')"
            ensure_benchmarks; local name="$1"; shift; exec "$env/bin/python" -m "benchmarks.${name//-/_}" "$@" ;;
   esac
 }

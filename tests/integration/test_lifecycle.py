@@ -43,7 +43,8 @@ def _engine(server: Server) -> psutil.Process:
 
 
 def _stub(server: Server) -> psutil.Process:
-    return next(process for process in server.processes() if "triton_python_backend_stub" in " ".join(process.cmdline()))
+    commands = [(process, " ".join(process.cmdline())) for process in server.processes()]
+    return next(process for process, command in commands if "triton_python_backend_stub" in command and "/vllm/" in command)
 
 
 @asynccontextmanager
