@@ -14,7 +14,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from calls import PARIS_PROMPT, Call, collect, connect, responses, text_of
-from servers import Server, get_json, serve, wait_for
+from servers import Server, get_json, serve, tandem, wait_for
 
 GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 STREAMS = 8
@@ -84,6 +84,17 @@ async def test_a_query_says_where_and_why(router: Any) -> None:
     assert answer["worker"]["triton_model"] == "vllm"
     assert sum(term["chosen"] for term in answer["worker"]["candidates"]) == 1
     assert {term["active_requests"] for term in answer["worker"]["candidates"]} == {0}
+
+
+async def test_the_command_line_asks_the_router_and_can_go_direct(pair: Pair, router: Any) -> None:
+    """`tandem route` explains, `tandem generate --direct` calls the worker itself: same answer as through the router."""
+    url = ("--url", pair.front.grpc_url)
+    explained = await asyncio.to_thread(tandem, pair.front.run_dir, "route", PARIS_PROMPT, *url)
+    assert "generate on vllm at 127.0.0.1" in explained.stdout, explained.stderr
+    through, direct = [await asyncio.to_thread(tandem, pair.front.run_dir, "generate", "Where is Paris?", *url, "--max-tokens", "8", *how)
+                       for how in ((), ("--direct",))]
+    assert (direct.returncode, direct.stdout) == (0, through.stdout), direct.stderr
+    assert "tokens cached" in direct.stderr
 
 
 async def test_bad_input_gets_its_error_through_the_router(router: Any) -> None:
