@@ -90,9 +90,9 @@ class Mocks:
 
 
 @contextmanager
-def mocks(folder: Path, *arguments: str) -> Iterator[Mocks]:
-    """`python -m tandem_worker.mock`, registered in the folder; killed at the end."""
-    command = [sys.executable, "-m", "tandem_worker.mock", "--discovery", f"file:{folder}", "--model", "mock", *arguments]
+def mocks(store: Path | str, *arguments: str) -> Iterator[Mocks]:
+    """`python -m tandem_worker.mock`, registered in the folder or at the discovery URL; killed at the end."""
+    command = [sys.executable, "-m", "tandem_worker.mock", "--discovery", url_of(store), "--model", "mock", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -101,6 +101,11 @@ def mocks(folder: Path, *arguments: str) -> Iterator[Mocks]:
     finally:
         process.kill()
         process.communicate(timeout=10)
+
+
+def url_of(store: Path | str) -> str:
+    """A discovery URL."""
+    return f"file:{store}" if isinstance(store, Path) else store
 
 
 class LocalRouter:
@@ -141,10 +146,10 @@ class LocalRouter:
 
 
 @contextmanager
-def router(folder: Path, workers: int, tokenizer: Path, **settings: str) -> Iterator[LocalRouter]:
+def router(store: Path | str, workers: int, tokenizer: Path, **settings: str) -> Iterator[LocalRouter]:
     """A router that has found so many workers."""
     warm_up()
-    environment = {"TANDEM_DISCOVERY": f"file:{folder}", "TANDEM_ROUTER_ADMIN_PORT": str(free_ports(20)),
+    environment = {"TANDEM_DISCOVERY": url_of(store), "TANDEM_ROUTER_ADMIN_PORT": str(free_ports(20)),
                    "TANDEM_ROUTER_TOKENIZER": str(tokenizer), "TANDEM_ROUTER_PLACEMENT_TIMEOUT_S": "5", **settings}
     running = Router(load_settings({}, environment))
     running.start()

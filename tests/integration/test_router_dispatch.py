@@ -5,14 +5,17 @@ A mock's next token is a function of all tokens before it, so an answer that mov
 every token was handed on exactly once.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from etcds import BINARY, Etcd
 from models import make_tiny_model
 from routers import LocalRouter, Mocks, mocks, router, until
 from servers import get_json, post_json
+from tandem_protocol.discovery import LEASE_TTL_S
 from tandem_protocol.errors import RequestCancelledError, RequestError, UnavailableError
 from tandem_router.overrides import Overrides
 
@@ -237,3 +240,25 @@ def test_short_prompts_are_prefilled_by_the_decode_worker(tmp_path: Path, prefil
         assert prefill.metric("vllm:prompt_tokens_total") == before
         assert local.send(prompt(25)).text
         assert prefill.metric("vllm:prompt_tokens_total") - before == 129
+
+
+@pytest.mark.skipif(BINARY is None, reason="etcd is not installed (Debian: apt-get install etcd-server)")
+def test_traffic_goes_on_while_etcd_is_away(tmp_path: Path, tokenizer: Path) -> None:
+    """Killed with traffic running, away for longer than a lease, started again empty: no request is lost, no worker forgotten."""
+    etcd = Etcd(tmp_path)
+    etcd.start()
+    try:
+        with mocks(etcd.url, "--workers", "2", *SLOW) as _, router(etcd.url, 2, tokenizer) as local:
+            sent = [local.send(prompt(500 + i), max_tokens=100) for i in range(4)]
+            etcd.kill(wipe=True)
+            away = time.monotonic()
+            while time.monotonic() - away < LEASE_TTL_S + 2:
+                sent.append(local.send(prompt(500 + len(sent)), max_tokens=30))
+                assert sent[-1].text
+            etcd.start()
+            until(etcd.answers, "etcd to be back")
+            sent.append(local.send(prompt(600)))
+            assert all(one.text for one in sent)
+            assert len(local.placed()) == 2
+    finally:
+        etcd.kill()

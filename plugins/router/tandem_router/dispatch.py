@@ -30,6 +30,7 @@ from tandem_router.relay import Answer, Delta
 
 log = logging.getLogger(__name__)
 
+_BACKSTOP_US = 1_000_000
 _RETRY_S = 0.05
 """Between two looks for a worker while none takes the request."""
 
@@ -221,7 +222,8 @@ def _route_of(routed: Routed, request: GenerationRequest, excluded: frozenset[st
 
 
 def _left_us(routed: Routed) -> int:
-    return 0 if routed.deadline is None else max(1, int((routed.deadline - time.monotonic()) * 1e6))
+    """For the worker, as a backstop: later than our own deadline, so that a request that is out of time doesn't look like a lost worker."""
+    return 0 if routed.deadline is None else max(0, int((routed.deadline - time.monotonic()) * 1e6)) + _BACKSTOP_US
 
 
 def _length_reached(answer: Answer) -> dict[str, Any]:
