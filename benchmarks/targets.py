@@ -115,7 +115,8 @@ def _tandem(options: Options, *, name: str, mode: str, model: str) -> Iterator[L
 def _serve_arguments(options: Options, mode: str) -> list[str]:
     timeout = f"--start-timeout={options.start_timeout_s:.0f}"
     ports = [f"--{name}={options.port + offset}" for name, offset in _PORT_OFFSETS.items()]
-    return ["serve", "--detach", "--routers=0", f"--mode={mode}", f"--model={options.model}", timeout, *ports, *command_flags(options.engine_arguments)]
+    flags = command_flags(options.engine_arguments)
+    return ["serve", "--detach", "--routers=0", f"--mode={mode}", f"--model={options.model}", timeout, *ports, *flags]
 
 
 def _tandem_command(arguments: list[str], log: Path, timeout_s: float, *, check: bool = True) -> None:

@@ -60,7 +60,7 @@ def test_credit_decays_with_the_excess_backlog() -> None:
 def test_without_tracking_prefill_stands_for_decode() -> None:
     """Rounded down, as in the parity list; also the weights come from the settings."""
     weights = Weights.of(RouterSettings(router_track_active_blocks=False))
-    assert total(weights, loads([0], [99], [1]), prompt(40, [[0], [0], [0]])) == [2.5 + 2]
+    assert total(weights, loads([0], [99], [1]), prompt(40, [[0], [0], [0]])) == [8 * 2.5 + 2]
 
 
 def test_terms_explain_the_cost() -> None:
