@@ -168,14 +168,16 @@ def test_busy_thresholds_are_set_at_run_time(calm: tuple[Mocks, LocalRouter]) ->
     """All workers beyond them: UNAVAILABLE; none set: served again."""
     _, local = calm
     assert post_json(f"{local.admin}/busy_threshold", {"active_decode_blocks": 0})["active_decode_blocks"] == 0
-    sent = [local.send(prompt(300 + i), max_tokens=200) for i in range(4)]
+    sent = [local.send(prompt(300 + i), f"busy-{i}", max_tokens=5000) for i in range(4)]
     until(lambda: all(one.responses for one in sent), "four requests in flight, one on each worker")
     error = local.send(prompt(400)).wait().error
     assert isinstance(error, UnavailableError)
     assert "all workers are busy" in str(error)
     post_json(f"{local.admin}/busy_threshold", {"active_decode_blocks": None})
     assert local.send(prompt(16)).text
-    assert all(one.text for one in sent)
+    for i, one in enumerate(sent):
+        local.router.abort(f"busy-{i}")
+        assert isinstance(one.wait().error, RequestCancelledError)
     assert get_json(f"{local.admin}/busy_threshold")["active_decode_blocks"] is None
     assert "active_decode_blocks" in post_json(f"{local.admin}/busy_threshold", {"nonsense": 1})["error"]
 
