@@ -159,6 +159,7 @@ def test_a_pinned_worker_gets_the_request(calm: tuple[Mocks, LocalRouter]) -> No
     sent = local.send(prompt(14), overrides=Overrides(worker_id=worker), max_tokens=100)
     until(lambda: bool(sent.responses), "the first token")
     assert [load.worker_id for load in local.router.fleet.generating.loads() if load.active_requests] == [worker]
+    assert sent.text
     error = local.send(prompt(15), overrides=Overrides(worker_id="nobody")).wait().error
     assert isinstance(error, RequestError)
     assert worker in str(error)
@@ -167,6 +168,7 @@ def test_a_pinned_worker_gets_the_request(calm: tuple[Mocks, LocalRouter]) -> No
 def test_busy_thresholds_are_set_at_run_time(calm: tuple[Mocks, LocalRouter]) -> None:
     """All workers beyond them: UNAVAILABLE; none set: served again."""
     _, local = calm
+    until(lambda: local.router.active_requests == 0, "the requests of other tests to end")
     assert post_json(f"{local.admin}/busy_threshold", {"active_decode_blocks": 0})["active_decode_blocks"] == 0
     sent = [local.send(prompt(300 + i), f"busy-{i}", max_tokens=5000) for i in range(4)]
     until(lambda: all(one.responses for one in sent), "four requests in flight, one on each worker")
