@@ -4,7 +4,7 @@
 import pytest
 
 from tandem_protocol.errors import UnavailableError
-from tandem_router.conditional import prefill_route, wants_remote_prefill
+from tandem_router.conditional import prefill_route
 from tandem_router.config import RouterSettings
 
 CONDITIONAL = RouterSettings(router_conditional_disagg=True, conditional_disagg_tokens=100)
@@ -20,11 +20,11 @@ def test_exact_tokens_decide(non_cached: int, remote: bool) -> None:
 
 def test_unconditional_is_always_remote() -> None:
     """Even for one token."""
-    assert wants_remote_prefill(1, 1, RouterSettings(), prefill_available=True)
+    assert prefill_route(1, 1, RouterSettings(), prefill_available=True).remote
 
 
 def test_without_prefill_workers_the_decode_worker_prefills() -> None:
     """Unless disaggregation is enforced."""
-    assert not wants_remote_prefill(5000, 5000, RouterSettings(), prefill_available=False)
+    assert not prefill_route(5000, 5000, RouterSettings(), prefill_available=False).remote
     with pytest.raises(UnavailableError, match="DYN_ENFORCE_DISAGG"):
-        wants_remote_prefill(5000, 5000, RouterSettings(enforce_disagg=True), prefill_available=False)
+        prefill_route(5000, 5000, RouterSettings(enforce_disagg=True), prefill_available=False)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
 from tandem_protocol.errors import ConfigError
 from tandem_router.busy import BusyThresholds
 from tandem_router.feed import EventFeed
@@ -21,9 +22,7 @@ from tandem_router.metrics import RouterMetrics
 
 log = logging.getLogger(__name__)
 
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_BODY = 64 * 1024
-_STOP_TIMEOUT_S = 2.0
 _FEED_COUNTS = ("batches", "blocks", "duplicates", "gaps", "replays", "unanswered", "resyncs", "restarts", "malformed", "overflows", "lost")
 
 
@@ -49,22 +48,15 @@ class AdminServer:
 
     def __init__(self, router: Served) -> None:
         self._router = router
-        self._runner: web.AppRunner | None = None
+        self._site = AdminSite(self._application())
 
     async def start(self, address: str, port: int) -> None:
         """Listens. Raises ConfigError when the port is taken."""
-        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=_STOP_TIMEOUT_S)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, address, port).start()
-        except OSError as exc:
-            message = f"admin port {address}:{port} can't be opened ({exc.strerror}): set TANDEM_ROUTER_ADMIN_PORT to a free one"
-            raise ConfigError(message) from exc
+        await self._site.start(address, port, "set TANDEM_ROUTER_ADMIN_PORT to a free one")
 
     async def stop(self) -> None:
         """Closes the server."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self._site.stop()
 
     def _application(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY)
@@ -92,7 +84,7 @@ class AdminServer:
         router = self._router
         router.metrics.gauges(router.active_requests, _loads(router.fleet), _feed_counts(router.feed))
         body = await asyncio.to_thread(router.metrics.exposition)
-        return web.Response(body=body, headers={"Content-Type": _METRICS_TYPE})
+        return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _thresholds(self, _: web.Request) -> web.Response:
         return web.json_response(dataclasses.asdict(self._router.fleet.generating.thresholds))

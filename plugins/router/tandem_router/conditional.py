@@ -36,8 +36,3 @@ def _by_length(non_cached_tokens: int, isl: int, threshold: int) -> PrefillRoute
     remote = non_cached_tokens >= threshold
     sign = ">=" if remote else "<"
     return PrefillRoute(remote, f"{non_cached_tokens} of {isl} tokens are not cached on the decode worker: {sign} {threshold}")
-
-
-def wants_remote_prefill(non_cached_tokens: int, isl: int, settings: RouterSettings, *, prefill_available: bool) -> bool:
-    """`prefill_route` without its reason."""
-    return prefill_route(non_cached_tokens, isl, settings, prefill_available=prefill_available).remote

@@ -6,18 +6,15 @@ It runs on the engine's event loop and listens on loopback by default: whoever r
 
 import asyncio
 import json
-import socket
 from typing import Any, Protocol
 
 from aiohttp import web
 from prometheus_client import REGISTRY, generate_latest
 
-from tandem_protocol.errors import ConfigError
+from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
 from tandem_worker.status import WorkerState, WorkerStatus
 
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_BODY = 64 * 1024
-_STOP_TIMEOUT_S = 2.0
 _NOT_LIVE = frozenset({WorkerState.DEAD, WorkerState.STOPPED})
 
 
@@ -41,24 +38,15 @@ class AdminServer:
         self._host = host
         self._model_name = model_name
         self._drain_timeout_s = drain_timeout_s
-        self._runner: web.AppRunner | None = None
+        self._site = AdminSite(self._application())
 
     async def start(self, address: str, port: int) -> int:
         """Listens; returns the port, which differs from `port` only for 0. Raises ConfigError when it is taken."""
-        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=_STOP_TIMEOUT_S)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, address, port)
-        try:
-            await site.start()
-        except OSError as exc:
-            raise ConfigError(f"admin port {address}:{port} can't be opened ({exc.strerror}): set DYN_SYSTEM_PORT to a free one") from exc
-        sockets: list[socket.socket] = site._server.sockets  # type: ignore[union-attr]  # noqa: SLF001 - no public way to the port
-        return int(sockets[0].getsockname()[1])
+        return await self._site.start(address, port, "set DYN_SYSTEM_PORT to a free one")
 
     async def stop(self) -> None:
         """Closes the server."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self._site.stop()
 
     def _application(self) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY)
@@ -81,7 +69,7 @@ class AdminServer:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         body = await asyncio.to_thread(generate_latest, REGISTRY)
-        return web.Response(body=body, headers={"Content-Type": _METRICS_TYPE})
+        return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _abort(self, request: web.Request) -> web.Response:
         body = await _json_object(request)

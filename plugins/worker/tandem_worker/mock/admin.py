@@ -5,7 +5,6 @@
 """
 
 import json
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -15,13 +14,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from tandem_protocol.errors import ConfigError, RequestError
+from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
+from tandem_protocol.errors import RequestError
 from tandem_protocol.workers import WorkerState
 from tandem_worker.mock.fleet import Fleet
 from tandem_worker.mock.worker import MockWorker
 
 _Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GAUGES: dict[str, Callable[[MockWorker], float]] = {
     "vllm:num_requests_running": lambda worker: worker.engine.running,
     "vllm:num_requests_waiting": lambda worker: worker.engine.waiting,
@@ -55,30 +54,21 @@ class AdminServer:
         self._fleet = fleet
         self._registry = CollectorRegistry()
         self._registry.register(_FleetCollector(fleet))
-        self._runner: web.AppRunner | None = None
-
-    async def start(self, host: str, port: int) -> int:
-        """Listens; returns the port. Raises ConfigError when it is taken."""
         app = web.Application()
         app.add_routes([
             web.get("/live", self._health), web.get("/health", self._health), web.get("/metrics", self._metrics),
             web.post("/mock/kill", self._kill), web.post("/mock/release", self._release),
             web.post("/engine/drain", self._drain), web.post("/clear_kv_blocks", self._clear),
         ])
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port)
-        try:
-            await site.start()
-        except OSError as exc:
-            raise ConfigError(f"admin port {host}:{port} can't be opened ({exc.strerror}): choose another --admin-port, 0 for any") from exc
-        sockets: list[socket.socket] = site._server.sockets  # type: ignore[union-attr]  # noqa: SLF001 - no public way to the port
-        return int(sockets[0].getsockname()[1])
+        self._site = AdminSite(app)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens; returns the port. Raises ConfigError when it is taken."""
+        return await self._site.start(host, port, "choose another --admin-port, 0 for any")
 
     async def stop(self) -> None:
         """Closes the server."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self._site.stop()
 
     async def _health(self, _: web.Request) -> web.Response:
         states = {worker.name: "dead" if worker.dead.is_set() else str(worker.state) for worker in self._fleet}
@@ -86,7 +76,7 @@ class AdminServer:
         return web.json_response({"status": "ready" if ready else "degraded", "workers": states}, status=200 if ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": _METRICS_TYPE})
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": METRICS_TYPE})
 
     async def _kill(self, request: web.Request) -> web.Response:
         worker = self._named(request)
