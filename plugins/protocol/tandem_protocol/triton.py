@@ -8,14 +8,18 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from tandem_protocol.errors import ErrorCode, TandemError
+from tandem_protocol.errors import ErrorCode, RequestError, TandemError
+from tandem_protocol.requests import Envelope
 from tandem_protocol.streams import Arrays
 from tandem_protocol.tensors import TensorSpec
+
+log = logging.getLogger(__name__)
 
 _CODES = {
     ErrorCode.INVALID_ARGUMENT: "INVALID_ARG",
@@ -54,6 +58,26 @@ def read_tensor(request: Any, name: str) -> Any:
     """An input as an array, or None when the request doesn't carry it."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
+
+
+def envelope(request: Any, parameters: Mapping[str, Any]) -> Envelope:
+    """What Triton says of a request besides its tensors, with an id of ours where the client gave none."""
+    # Triton hands its request priority to Python models only in versions that have this method.
+    priority = int(request.priority()) if hasattr(request, "priority") else 0
+    return Envelope(request.request_id() or uuid.uuid4().hex, parameters, priority, request.timeout())
+
+
+def take_all(requests: Iterable[Any], take: Callable[[Any, "TritonSink"], None]) -> None:
+    """Hands every request of a batch over with its sink; what `take` raises is that request's answer and disturbs no other."""
+    for request in requests:
+        sink = TritonSink(request.get_response_sender())
+        try:
+            take(request, sink)
+        except TandemError as exc:
+            sink.fail(exc)
+        except Exception as exc:  # one request's oddity must not fail the others of this batch
+            log.exception("request.rejected")
+            sink.fail(RequestError(f"the request could not be read: {exc}"))
 
 
 def load_failure(error: TandemError) -> Exception:

@@ -6,21 +6,17 @@ with an index and books of its own.
 """
 
 import json
-import logging
-import uuid
 from typing import Any
 
 from tandem_protocol import tensors, triton
-from tandem_protocol.errors import RequestError, TandemError
-from tandem_protocol.requests import Envelope, parse_request
+from tandem_protocol.errors import TandemError
+from tandem_protocol.requests import parse_request
 from tandem_protocol.roles import Role
 from tandem_protocol.triton import TritonSink
 from tandem_router.config import load_settings
 from tandem_router.index import warm_up
 from tandem_router.overrides import split
 from tandem_router.router import Router
-
-log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -45,15 +41,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request over; answers come through the response senders."""
-        for request in requests:
-            sink = TritonSink(request.get_response_sender())
-            try:
-                self._submit(request, sink)
-            except TandemError as exc:
-                sink.fail(exc)
-            except Exception as exc:  # one request's oddity must not fail the others of this batch
-                log.exception("request.rejected")
-                sink.fail(RequestError(f"the request could not be read: {exc}"))
+        triton.take_all(requests, self._submit)
 
     def finalize(self) -> None:
         """Ends what is in flight, closes everything."""
@@ -66,7 +54,7 @@ class TritonPythonModel:
             sink.send({}, final=True)
             return
         overrides, rest = split(parameters)
-        envelope = Envelope(request_id=request.request_id() or uuid.uuid4().hex, parameters=rest, timeout_us=request.timeout())
+        envelope = triton.envelope(request, rest)
         parsed = parse_request(lambda name: triton.read_tensor(request, name), envelope, Role.AGGREGATED)
         self._router.submit(parsed, overrides, sink)
 

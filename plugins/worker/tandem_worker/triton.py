@@ -6,21 +6,17 @@ that many requests are in flight on the one instance; responses come from the ou
 """
 
 import json
-import logging
-import uuid
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from tandem_protocol import tensors, triton
-from tandem_protocol.errors import RequestError, TandemError
-from tandem_protocol.requests import Envelope, parse_request
+from tandem_protocol.errors import TandemError
+from tandem_protocol.requests import parse_request
 from tandem_protocol.triton import TritonSink
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.worker import Worker
-
-log = logging.getLogger(__name__)
 
 _ABORT_TIMEOUT_S = 5.0
 
@@ -58,15 +54,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request over; answers come through the response senders."""
-        for request in requests:
-            sink = TritonSink(request.get_response_sender())
-            try:
-                self._submit(request, sink)
-            except TandemError as exc:
-                sink.fail(exc)
-            except Exception as exc:  # one request's oddity must not fail the others of this batch
-                log.exception("request.rejected")
-                sink.fail(RequestError(f"the request could not be read: {exc}"))
+        triton.take_all(requests, self._submit)
 
     def finalize(self) -> None:
         """Drains, shuts down, leaves nothing behind."""
@@ -78,19 +66,9 @@ class TritonPythonModel:
             self._host.run(self._host.abort(str(parameters[tensors.ABORT_PARAMETER]))).result(_ABORT_TIMEOUT_S)
             sink.send({}, final=True)
             return
-        envelope = Envelope(
-            request_id=request.request_id() or uuid.uuid4().hex,
-            parameters=parameters,
-            priority=_priority(request),
-            timeout_us=request.timeout(),
-        )
+        envelope = triton.envelope(request, parameters)
         self._host.submit(parse_request(lambda name: triton.read_tensor(request, name), envelope, self._role), sink)
 
 
 def _settings(config: dict[str, Any]) -> WorkerSettings:
     return load_settings(triton.parameters_of(config))
-
-
-def _priority(request: Any) -> int:
-    """Triton hands its request priority to Python models only in versions that have this method."""
-    return int(request.priority()) if hasattr(request, "priority") else 0
