@@ -5,6 +5,7 @@
 #   one       1 GPU:  SmolLM2-135M, all four targets, concurrency 1, 8, 32, 128
 #   two       2 GPUs: SmolLM2-135M and an 8B shape, aggregated on one GPU against prefill on one and decode on the other
 #   same-gpu  1 GPU:  prefill and decode on it, with UCX's default, with reads by CUDA IPC, and under MPS
+#   kvbm      1 GPU:  benchmarks.kvbm, an 8B shape
 # TANDEM_GPU_VENV  the environment (default /opt/tandem)     BUDGET_S  seconds for everything (default 570)
 # Each stage leaves three files in OUT: STAGE.jsonl (one report a line), STAGE.log (progress), STAGE.tar.gz (all logs).
 # A benchmark that fails is noted and the stage goes on; the exit code is then 1.
@@ -37,24 +38,6 @@ metadata.mkdir(exist_ok=True)
 groups = {"console_scripts": project["project"]["scripts"], **project["project"]["entry-points"]}
 lines = [line for group, names in groups.items() for line in (f"[{group}]", *(f"{name} = {target}" for name, target in names.items()))]
 (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-EOF
-}
-
-# An 8B model by its shape alone, for --load-format dummy: Llama-3.1-8B's config with SmolLM2's tokenizer and vocabulary.
-_make_8b_shape() {
-  local small="$1" folder="$2" file
-  mkdir -p "$folder"
-  for file in "$small"/*; do
-    case "${file##*/}" in *.safetensors* | config.json | generation_config.json) ;; *) cp "$file" "$folder/" ;; esac
-  done
-  cat > "$folder/config.json" <<'EOF'
-{
-  "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "torch_dtype": "bfloat16",
-  "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-  "head_dim": 128, "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "hidden_act": "silu",
-  "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rope_theta": 500000.0,
-  "attention_bias": false, "mlp_bias": false, "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2
-}
 EOF
 }
 
@@ -92,7 +75,7 @@ _stage_one() {
 
 _stage_two() {
   _bench smollm2 260 --model "$small" --targets inproc,triton,disagg --concurrency 1,32
-  _make_8b_shape "$small" "$work/llama-8b-shape"
+  python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
   _bench llama-8b-shape 330 --model "$work/llama-8b-shape" --targets triton,disagg --concurrency 1,16 --requests-per-level 16,128 \
     --input-words 2500 --output-tokens 128 --engine-arg load_format=dummy --engine-arg max_model_len=4096
 }
@@ -123,10 +106,10 @@ _bench_under_mps() {
 
 _main() {
   local stage small
-  [ $# -gt 0 ] || { sed -n '3,10p' benchmarks/gpu/run.sh; exit 2; }
+  [ $# -gt 0 ] || { sed -n '3,11p' benchmarks/gpu/run.sh; exit 2; }
   [ -n "$out" ] || { echo "run.sh: set OUT to the folder for the results" >&2; exit 2; }
   for stage in "$@"; do
-    case "$stage" in one | two | same-gpu) ;; *) echo "run.sh: unknown stage $stage: choose one, two or same-gpu" >&2; exit 2 ;; esac
+    case "$stage" in one | two | same-gpu | kvbm) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu or kvbm" >&2; exit 2 ;; esac
   done
   _environment
   mkdir -p "$out"
