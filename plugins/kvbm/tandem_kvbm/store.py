@@ -14,7 +14,14 @@ class MissingBlockError(Exception):
 
 
 class StoreUnavailableError(Exception):
-    """The store did not answer within its deadline, or refused; the block may be there all the same."""
+    """The store did not answer within its deadline, or refused; the block may be there all the same.
+
+    `evicted`: keys that were given up for a block which then could not be written.
+    """
+
+    def __init__(self, message: str, evicted: tuple[bytes, ...] = ()) -> None:
+        super().__init__(message)
+        self.evicted = evicted
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,11 @@ class Written:
     stored: bool
     """False: it was there already, or nothing could be given up for it."""
     evicted: tuple[bytes, ...] = ()
-    """Keys that the store gave up for it, in order."""
+    """Keys that the store gave up for it, or found gone meanwhile, in order."""
 
 
 class BlockStore(ABC):
-    """Blocks of one size, of one model and layout.
+    """Blocks of one size, of one model and layout. The tier's own buffers are page-aligned; a store must take any others, too.
 
     Resource handling: `open` before anything else, `close` once; whoever made the store closes it.
     Error handling: `read` raises MissingBlockError, blob.CorruptBlockError (the store has removed the block by then) or
@@ -57,6 +64,10 @@ class BlockStore(ABC):
     def holds(self, key: bytes) -> bool | None:
         """At once and without I/O: whether the block is there; None if only `probe` can tell. Callable from any thread."""
 
+    def ready(self) -> bool:
+        """At once: False while the store is left alone after errors, when lookups miss and stores are dropped without asking it."""
+        return True
+
     @abstractmethod
     def probe(self, keys: Sequence[bytes]) -> list[bool]:
         """Whether each block is there, asking the store itself. Raises StoreUnavailableError."""
@@ -66,8 +77,11 @@ class BlockStore(ABC):
         """Fills `into` (C-contiguous, of block size) with the block, verified."""
 
     @abstractmethod
-    def write(self, key: bytes, block: memoryview) -> Written:
-        """Stores the block so that it is there whole or not at all, whatever happens meanwhile."""
+    def write(self, key: bytes, block: memoryview, priority: int = 0) -> Written:
+        """Stores the block so that it is there whole or not at all, whatever happens meanwhile.
+
+        Blocks of lower priority are given up first; a store that gives nothing up ignores it.
+        """
 
     @abstractmethod
     def touch(self, keys: Sequence[bytes]) -> None:
