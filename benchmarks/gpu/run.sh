@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the serving benchmark on a GPU host without network, in an environment that is installed there already.
+# Runs benchmarks on a GPU host without network, in an environment that is installed there already.
 # usage: OUT=FOLDER benchmarks/gpu/run.sh STAGE...
 #   one       1 GPU:  SmolLM2-135M, all four targets, concurrency 1, 8, 32, 128
 #   two       2 GPUs: SmolLM2-135M and an 8B shape, aggregated on one GPU against prefill on one and decode on the other
@@ -43,14 +43,14 @@ EOF
 
 _say() { printf '[%4d s] %s\n' "$SECONDS" "$*" | tee -a "$out/$stage.log"; }
 
-# _bench NAME LIMIT_S ARGUMENTS...: one run of benchmarks.serving; its logs are packed at once, in case this script is cut short.
+# _bench MODULE NAME LIMIT_S ARGUMENTS...: one run of benchmarks.MODULE; its logs are packed at once, in case this script is cut short.
 _bench() {
-  local name="$1" limit="$2" left=$((${BUDGET_S:-570} - SECONDS)) logs="$work/$stage/$1" code=0
-  shift 2
+  local module="$1" name="$2" limit="$3" left=$((${BUDGET_S:-570} - SECONDS)) logs="$work/$stage/$2" code=0
+  shift 3
   if [ "$left" -lt 60 ]; then _say "$name: left out, the time is used up"; failed=1; return; fi
   mkdir -p "$logs"
   _say "$name: begin"
-  timeout -k 60 $((left < limit ? left : limit)) python -m benchmarks.serving --json --log-dir "$logs" "$@" \
+  timeout -k 60 $((left < limit ? left : limit)) python -m "benchmarks.$module" --json --log-dir "$logs" "$@" \
     > "$logs/report.json" 2> >(tee -a "$out/$stage.log" > "$logs/progress.log") || code=$?
   if [ "$code" -ne 0 ]; then _say "$name: exit code $code"; failed=1; fi
   timeout 90 python -m tandem_cli.main stop >> "$logs/stop.log" 2>&1 || _say "$name: something could not be stopped, see stop.log"
@@ -70,24 +70,28 @@ _pack() {
 }
 
 _stage_one() {
-  _bench smollm2 540 --model "$small" --targets inproc,openai,triton,disagg --concurrency 1,8,32,128
+  _bench serving smollm2 540 --model "$small" --targets inproc,openai,triton,disagg --concurrency 1,8,32,128
 }
 
 _stage_two() {
-  _bench smollm2 260 --model "$small" --targets inproc,triton,disagg --concurrency 1,32
+  _bench serving smollm2 260 --model "$small" --targets inproc,triton,disagg --concurrency 1,32
   python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
-  _bench llama-8b-shape 330 --model "$work/llama-8b-shape" --targets triton,disagg --concurrency 1,16 --requests-per-level 16,128 \
+  _bench serving llama-8b-shape 330 --model "$work/llama-8b-shape" --targets triton,disagg --concurrency 1,16 --requests-per-level 16,128 \
     --input-words 2500 --output-tokens 128 --engine-arg load_format=dummy --engine-arg max_model_len=4096
 }
 
 _stage_same_gpu() {
   local load=(--model "$small" --targets disagg --concurrency 1,8,32 --requests-per-level 16,64,128)
   local -x CUDA_VISIBLE_DEVICES=0
-  _bench aggregated 120 "${load[@]}" --targets triton
-  UCX_CUDA_IPC_ENABLE_GET_ZCOPY=auto _bench ucx-default 120 "${load[@]}"
-  _bench cuda-ipc-get 120 "${load[@]}"
-  _bench cuda-ipc-get-block-64 120 "${load[@]}" --engine-arg block_size=64
+  _bench serving aggregated 120 "${load[@]}" --targets triton
+  UCX_CUDA_IPC_ENABLE_GET_ZCOPY=auto _bench serving ucx-default 120 "${load[@]}"
+  _bench serving cuda-ipc-get 120 "${load[@]}"
+  _bench serving cuda-ipc-get-block-64 120 "${load[@]}" --engine-arg block_size=64
   _bench_under_mps "${load[@]}"
+}
+
+_stage_kvbm() {
+  _bench kvbm llama-8b-shape 560
 }
 
 # Lets kernels of both engines run side by side instead of in turns. Only a daemon of ours: the GPU's compute mode stays as it is.
@@ -96,7 +100,7 @@ _bench_under_mps() {
   export CUDA_MPS_PIPE_DIRECTORY="$work/mps" CUDA_MPS_LOG_DIRECTORY="$work/$stage/mps-daemon"
   mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
   if timeout 30 nvidia-cuda-mps-control -d; then
-    _bench mps 120 "$@"
+    _bench serving mps 120 "$@"
     echo quit | timeout 30 nvidia-cuda-mps-control || _say "mps: the daemon did not quit"
   else
     _say "mps: left out, the daemon did not start"
