@@ -91,7 +91,7 @@ _stage_same_gpu() {
 }
 
 _stage_kvbm() {
-  _bench kvbm llama-8b-shape 560
+  _bench kvbm llama-8b-shape 900
 }
 
 # Lets kernels of both engines run side by side instead of in turns. Only a daemon of ours: the GPU's compute mode stays as it is.
