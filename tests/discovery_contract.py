@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack, aclosing
 import msgspec
 import pytest
 
-from tandem_protocol.discovery import Discovery, Snapshot, open_discovery
+from tandem_protocol.discovery import Discovery, Snapshot, open_collection, open_discovery
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
+from tandem_protocol.routers import RouterRecord
 from tandem_protocol.workers import EventSource, WorkerRecord, WorkerState
 
 WAIT_S = 30.0
@@ -160,3 +161,20 @@ class DiscoveryContract:
         await here.register(worker("a"))
         await here.register(worker("b"))
         assert (here.counts.registrations, here.counts.re_registrations, here.counts.losses) == (2, 0, 0)
+
+    async def test_routers_and_workers_are_kept_apart(self, url: str, here: Discovery, there: Discovery) -> None:
+        """Neither kind sees the other, also under one id."""
+        router = RouterRecord(id="vllm-1", model="m", events_endpoint="tcp://127.0.0.1:1", state_endpoint="tcp://127.0.0.1:2")
+        async with AsyncExitStack() as stack:
+            ours, theirs = (open_collection(url, RouterRecord) for _ in range(2))
+            for store in (ours, theirs):
+                stack.push_async_callback(store.close)
+            await here.register(worker())
+            registration = await ours.register(router)
+            assert await there.list() == (worker(),)
+            assert await theirs.list() == (router,)
+            async with asyncio.timeout(WAIT_S):
+                assert (await anext(theirs.watch())).records == (router,)
+            await registration.close()
+            assert await there.list() == (worker(),)
+            assert await theirs.list() == ()

@@ -2,9 +2,11 @@
 """The record by which a worker is known to routers and planners: what discovery stores and watches."""
 
 from enum import StrEnum
+from typing import ClassVar
 
 import msgspec
 
+from tandem_protocol.records import Record
 from tandem_protocol.roles import Role
 
 
@@ -26,13 +28,14 @@ class EventSource(msgspec.Struct, frozen=True, kw_only=True):
     """ZMQ PUB, to connect to: `tcp://host:port`."""
     replay_endpoint: str = ""
     """ZMQ ROUTER that repeats its buffer; empty if there is none."""
+    merged: bool = False
+    """The endpoint is that of all ranks of the worker: only batches of this rank, or of none, are meant."""
 
 
-class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker: one engine behind one Triton model. Encoded as JSON in discovery; unknown fields are ignored."""
+class WorkerRecord(Record, frozen=True, kw_only=True):
+    """One worker: one engine behind one Triton model."""
 
-    id: str
-    """Unique per start of a worker: a restarted worker is another worker."""
+    collection: ClassVar[str] = "workers"
     role: Role
     state: WorkerState
     model: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Discovery: where workers leave their records, and where routers and planners watch them.
+"""Discovery: where workers (and routers, each kind apart) leave their records, and where routers and planners watch them.
 
 One interface and three stores, chosen by a URL: `memory:` (one process), `file:/folder` (one host, no server), and
 `etcd://host:port[/prefix]` (many hosts). Every store keeps the same contract, written at `Discovery` and
@@ -8,10 +8,12 @@ One interface and three stores, chosen by a URL: `memory:` (one process), `file:
 
 import importlib
 
-from tandem_protocol.discovery.interface import DEBOUNCE_S, LEASE_TTL_S, Counts, Discovery, Registration, Snapshot
+from tandem_protocol.discovery.interface import DEBOUNCE_S, LEASE_TTL_S, Counts, Discovery, R, Registration, Snapshot
 from tandem_protocol.errors import ConfigError
+from tandem_protocol.workers import WorkerRecord
 
-__all__ = ["DEBOUNCE_S", "LEASE_TTL_S", "Counts", "Discovery", "Registration", "Snapshot", "check_url", "open_discovery"]
+__all__ = ["DEBOUNCE_S", "LEASE_TTL_S", "Counts", "Discovery", "Registration", "Snapshot", "check_url", "open_collection",
+           "open_discovery"]
 
 _STORES = {
     "memory": "tandem_protocol.discovery.memory:open_memory",
@@ -30,7 +32,12 @@ def check_url(url: str) -> str:
 
 
 def open_discovery(url: str) -> Discovery:
-    """Opens the store of `url`; touches neither disk nor network yet. The caller closes it.
+    """Opens the workers' store of `url`; see `open_collection`."""
+    return open_collection(url, WorkerRecord)
+
+
+def open_collection(url: str, kind: type[R]) -> Discovery[R]:
+    """Opens the store of `url` for records of one kind; touches neither disk nor network yet. The caller closes it.
 
     Use one discovery object on one event loop. Raises ConfigError for a URL that no store understands.
     """
@@ -41,5 +48,5 @@ def open_discovery(url: str) -> Discovery:
     if not scheme:
         raise ConfigError("there is no discovery to open: set TANDEM_DISCOVERY, e.g. to file:/run/tandem/discovery")
     module, _, name = _STORES[scheme].partition(":")
-    opened: Discovery = getattr(importlib.import_module(module), name)(rest)
+    opened: Discovery[R] = getattr(importlib.import_module(module), name)(rest, kind)
     return opened

@@ -4,7 +4,7 @@
 The one module that imports it. `etcd3`, the gRPC client, would force the slow pure-Python protobuf on the whole process.
 
 Threads: registrations make their blocking calls on one thread, in turn; the watch has a thread of its own. Each has
-its own HTTP session, and every call a deadline. Keys are `<prefix>/workers/<id>`, under a lease per worker.
+its own HTTP session, and every call a deadline. Keys are `<prefix>/workers/<id>` (`routers/` for routers), under a lease each.
 
 etcd away: registrations retry every second and write their latest record under a new lease; the watch keeps its view
 (`view.py`). The process never depends on etcd for anything but news.
@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -32,10 +32,11 @@ from etcd3gw.exceptions import Etcd3Exception
 from etcd3gw.lease import Lease
 
 from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, Registration, Snapshot, check_same_worker
+from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, R, Registration, Snapshot, check_same_worker
 from tandem_protocol.discovery.view import View
 from tandem_protocol.errors import ConfigError, UnavailableError
-from tandem_protocol.workers import WorkerRecord, decode_record, encode_record
+from tandem_protocol.records import Record
+from tandem_protocol.workers import WorkerRecord
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,9 @@ class EtcdAddress:
     port: int
     prefix: str
 
-    def key(self, worker: str) -> str:
-        """The key of a worker's record; of all workers for ""."""
-        return f"{self.prefix}/workers/{worker}"
+    def key(self, name: str, collection: str = WorkerRecord.collection) -> str:
+        """The key of a record; of the whole collection for ""."""
+        return f"{self.prefix}/{collection}/{name}"
 
 
 def parse_address(rest: str) -> EtcdAddress:
@@ -77,9 +78,9 @@ def parse_address(rest: str) -> EtcdAddress:
     return EtcdAddress(host, port, parts.path.rstrip("/") or DEFAULT_PREFIX)
 
 
-def open_etcd(rest: str) -> "EtcdDiscovery":
+def open_etcd(rest: str, kind: type[Record]) -> "EtcdDiscovery[Any]":
     """etcd at the address of an `etcd:` URL; does not connect yet."""
-    return EtcdDiscovery(parse_address(rest))
+    return EtcdDiscovery(parse_address(rest), kind=kind)
 
 
 class Session(requests.Session):
@@ -129,21 +130,23 @@ def _text(encoded: str) -> str:
     return base64.b64decode(encoded).decode(errors="replace")
 
 
-class EtcdDiscovery(Discovery):
+class EtcdDiscovery(Discovery[R]):
     """Records under leases."""
 
-    def __init__(self, address: EtcdAddress, lease_s: float = LEASE_TTL_S) -> None:
+    def __init__(self, address: EtcdAddress, lease_s: float = LEASE_TTL_S, kind: type[Record] = WorkerRecord) -> None:
         super().__init__()
         self.address = address
+        self._kind = kind
+        self._decoder: msgspec.json.Decoder[R] = msgspec.json.Decoder(kind)
         self.lease_s = lease_s
         self._client = connect(address)
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="tandem-discovery")
-        self._feed = Feed()
+        self._feed: Feed[R] = Feed()
         self._bad: dict[str, bytes] = {}
-        self._watch: EtcdWatch | None = None
-        self._registrations: list[EtcdRegistration] = []
+        self._watch: EtcdWatch[R] | None = None
+        self._registrations: list[EtcdRegistration[R]] = []
 
-    async def register(self, record: WorkerRecord) -> Registration:
+    async def register(self, record: R) -> Registration[R]:
         """Writes the record under a new lease; a task of this loop keeps it alive from then on."""
         registration = EtcdRegistration(self, record)
         await self.call(registration.write)
@@ -152,7 +155,7 @@ class EtcdDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncGenerator[Snapshot, None]:
+    def watch(self) -> AsyncGenerator[Snapshot[R], None]:
         """etcd's own watch, and a whole read at least three times per lease."""
         if self._watch is None:
             loop = asyncio.get_running_loop()
@@ -160,9 +163,9 @@ class EtcdDiscovery(Discovery):
             self._watch.start()
         return self._feed.follow()
 
-    async def list(self) -> tuple[WorkerRecord, ...]:
+    async def list(self) -> tuple[R, ...]:
         """One read, without the grace that watches grant."""
-        listing = await self.call(lambda client: read_all(client, self.address.key("")))
+        listing = await self.call(lambda client: read_all(client, self.key("")))
         records = self.decode(listing)
         return tuple(records[name] for name in sorted(records))
 
@@ -175,6 +178,10 @@ class EtcdDiscovery(Discovery):
         self._feed.close()
         self._calls.shutdown(wait=False, cancel_futures=True)
 
+    def key(self, name: str) -> str:
+        """As of the address, in the collection of this kind."""
+        return self.address.key(name, self._kind.collection)
+
     async def call(self, step: Callable[[Etcd3Client], T]) -> T:
         """Runs a step on the calls' thread. Raises UnavailableError if etcd does not answer it."""
         try:
@@ -184,12 +191,12 @@ class EtcdDiscovery(Discovery):
             where = f"{self.address.host}:{self.address.port}"
             raise UnavailableError(f"etcd at {where} does not answer ({type(exc).__name__}): start it, or mend TANDEM_DISCOVERY") from exc
 
-    def decode(self, listing: Listing) -> dict[str, WorkerRecord]:
+    def decode(self, listing: Listing) -> dict[str, R]:
         """Id -> record; what is no record is counted and left out."""
         records = {}
         for key, value in listing.values.items():
             try:
-                record = decode_record(value)
+                record = self._decoder.decode(value)
             except msgspec.DecodeError as exc:
                 self._note_bad(key, value, exc)
             else:
@@ -204,18 +211,18 @@ class EtcdDiscovery(Discovery):
             log.warning("discovery.bad_record key=%s error=%s: left out, remove it or update whoever wrote it", key, exc)
 
 
-class EtcdRegistration(Registration):
+class EtcdRegistration(Registration[R]):
     """One key, its lease, and the task that keeps both."""
 
-    def __init__(self, discovery: EtcdDiscovery, record: WorkerRecord) -> None:
+    def __init__(self, discovery: EtcdDiscovery[R], record: R) -> None:
         self._discovery = discovery
         self._record = record
         self._lease: Lease | None = None
-        self._written: WorkerRecord | None = None
+        self._written: R | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def record(self) -> WorkerRecord:
+    def record(self) -> R:
         """As last asked for."""
         return self._record
 
@@ -228,7 +235,7 @@ class EtcdRegistration(Registration):
         """Keeps the lease from now on."""
         self._task = asyncio.create_task(self._keep_for_ever())
 
-    async def update(self, record: WorkerRecord) -> None:
+    async def update(self, record: R) -> None:
         """Writes at once; a failure is repaired by a later beat."""
         check_same_worker(self._record, record)
         self._record = record
@@ -272,7 +279,7 @@ class EtcdRegistration(Registration):
         record = self._record
         lease = self._lease or client.lease(ttl=round(self._discovery.lease_s))
         self._lease = None
-        client.put(self._discovery.address.key(record.id), encode_record(record), lease=lease)
+        client.put(self._discovery.key(record.id), msgspec.json.encode(record), lease=lease)
         self._lease, self._written = lease, record
 
     def _keep(self, client: Etcd3Client) -> None:
@@ -296,14 +303,14 @@ def _break(stream: requests.Response) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-class EtcdWatch:
+class EtcdWatch(Generic[R]):
     """The watching thread: read everything, wait for a change, and again."""
 
-    def __init__(self, discovery: EtcdDiscovery, publish: Callable[[Snapshot], object]) -> None:
+    def __init__(self, discovery: EtcdDiscovery[R], publish: Callable[[Snapshot[R]], object]) -> None:
         self._discovery = discovery
         self._publish = publish
         self._client = connect(discovery.address)
-        self._view = View(discovery.counts, discovery.lease_s)
+        self._view: View[R] = View(discovery.counts, discovery.lease_s)
         self._stopping = threading.Event()
         self._stream: requests.Response | None = None
         self._thread = threading.Thread(target=self._run, name="tandem-discovery-watch", daemon=True)
@@ -332,12 +339,12 @@ class EtcdWatch:
 
     def turn(self) -> None:
         """Reads everything, and returns after the next change or a third of a lease. Raises when etcd goes away."""
-        listing = read_all(self._client, self._discovery.address.key(""))
+        listing = read_all(self._client, self._discovery.key(""))
         self._send(self._view.listed(self._discovery.decode(listing), listing.revision, time.monotonic()))
         self._await_change(listing.revision)
 
     def _await_change(self, revision: int) -> None:
-        wanted = {"create_request": {**_range(self._discovery.address.key("")), "start_revision": revision + 1}}
+        wanted = {"create_request": {**_range(self._discovery.key("")), "start_revision": revision + 1}}
         timeout = (_CONNECT_TIMEOUT_S, self._discovery.lease_s / BEATS_PER_LEASE)
         # Not the library's own watch: it does not tell when its stream ends, and takes each chunk for one message.
         with self._client.session.post(self._client.get_url("/watch"), json=wanted, stream=True, timeout=timeout) as stream:
@@ -357,6 +364,6 @@ class EtcdWatch:
                 return
         raise requests.ConnectionError("the watch ended")
 
-    def _send(self, snapshot: Snapshot) -> None:
+    def _send(self, snapshot: Snapshot[R]) -> None:
         with suppress(RuntimeError):  # the loop was closed without closing us
             self._publish(snapshot)

@@ -3,25 +3,26 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Generic
 
-from tandem_protocol.discovery.interface import DEBOUNCE_S, Snapshot
+from tandem_protocol.discovery.interface import DEBOUNCE_S, R, Snapshot
 
 
-class Feed:
+class Feed(Generic[R]):
     """Keeps one snapshot, the latest; a watcher that is slow skips versions. Used on one event loop."""
 
     def __init__(self, debounce_s: float = DEBOUNCE_S) -> None:
         self._debounce_s = debounce_s
-        self._latest: Snapshot | None = None
+        self._latest: Snapshot[R] | None = None
         self._closed = False
         self._wakes: set[asyncio.Event] = set()
 
     @property
-    def latest(self) -> Snapshot | None:
+    def latest(self) -> Snapshot[R] | None:
         """The last one published."""
         return self._latest
 
-    def publish(self, snapshot: Snapshot) -> None:
+    def publish(self, snapshot: Snapshot[R]) -> None:
         """Makes it the latest; one equal to that changes nothing."""
         if snapshot != self._latest:
             self._latest = snapshot
@@ -32,11 +33,11 @@ class Feed:
         self._closed = True
         self._wake()
 
-    async def follow(self) -> AsyncGenerator[Snapshot, None]:
+    async def follow(self) -> AsyncGenerator[Snapshot[R], None]:
         """The latest, and again whenever it changed. The first one waits until there is any."""
         wake = asyncio.Event()
         self._wakes.add(wake)
-        seen: Snapshot | None = None
+        seen: Snapshot[R] | None = None
         try:
             while True:
                 if self._latest is not None and self._latest != seen:

@@ -17,14 +17,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote, unquote
 
 import msgspec
 
 from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Counts, Discovery, Registration, Snapshot, check_same_worker
+from tandem_protocol.discovery.interface import (
+    BEATS_PER_LEASE,
+    LEASE_TTL_S,
+    Counts,
+    Discovery,
+    R,
+    Registration,
+    Snapshot,
+    check_same_worker,
+)
 from tandem_protocol.errors import ConfigError, UnavailableError
+from tandem_protocol.records import Record
 from tandem_protocol.workers import WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -40,18 +50,21 @@ _SUFFIX, _PARTIAL = ".json", ".tandem-partial"
 T = TypeVar("T")
 
 
-def open_folder(path: str) -> "FileDiscovery":
-    """The folder of a `file:` URL; `file:/a` and `file:///a` are the same. Raises ConfigError for a relative path."""
+def open_folder(path: str, kind: type[Record]) -> "FileDiscovery[Any]":
+    """The folder of a `file:` URL, for other records than workers a folder in it.
+
+    `file:/a` and `file:///a` are the same. Raises ConfigError for a relative path.
+    """
     folder = Path(unquote(path.removeprefix("//")))
     if not folder.is_absolute():
         raise ConfigError(f"TANDEM_DISCOVERY='file:{path}' names no absolute path: write file:/folder")
-    return FileDiscovery(folder)
+    return FileDiscovery(folder) if kind is WorkerRecord else FileDiscovery(folder / kind.collection, kind=kind)
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
+class Entry(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
     """What a file holds."""
 
-    record: WorkerRecord
+    record: R
     pid: int
     host: str
     """Where `pid` means something: the host name and the kernel's number of the pid namespace."""
@@ -81,18 +94,20 @@ def is_running(pid: int) -> bool:
         os.close(file)
 
 
-class Folder:
+class Folder(Generic[R]):
     """The files. Every method blocks on the disk and raises OSError as it comes; calls must not overlap."""
 
-    def __init__(self, path: Path, counts: Counts, lease_s: float = LEASE_TTL_S, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, counts: Counts, lease_s: float = LEASE_TTL_S, now: Callable[[], float] = time.time,
+                 kind: type[Record] = WorkerRecord) -> None:
         self.path = path
+        self._decoder: msgspec.json.Decoder[Entry[R]] = msgspec.json.Decoder(Entry[kind])  # type: ignore[valid-type]  # known at run time
         self._counts = counts
         self._lease_s = lease_s
         self._now = now
         self._host = this_host()
-        self._cache: dict[str, _Cached] = {}
+        self._cache: dict[str, _Cached[R]] = {}
 
-    def write(self, record: WorkerRecord) -> None:
+    def write(self, record: R) -> None:
         """Adds or replaces an entry, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self._file(record.id)
@@ -115,7 +130,7 @@ class Folder:
         """Removes an entry, if it is there."""
         self._file(name).unlink(missing_ok=True)
 
-    def scan(self) -> tuple[WorkerRecord, ...]:
+    def scan(self) -> tuple[R, ...]:
         """The living workers, ordered by id; sweeps the long dead. A folder that does not exist yet is empty."""
         try:
             with os.scandir(self.path) as found:
@@ -127,13 +142,13 @@ class Folder:
         self._sweep(files)
         return tuple(sorted((entry.record for entry in entries if entry is not None), key=lambda record: record.id))
 
-    def _read(self, name: str, stat: os.stat_result) -> "_Cached":
+    def _read(self, name: str, stat: os.stat_result) -> "_Cached[R]":
         version = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
         cached = self._cache.get(name)
         if cached is not None and cached.version == version:
             return cached
         try:
-            return _Cached(version, msgspec.json.decode((self.path / name).read_bytes(), type=Entry))
+            return _Cached(version, self._decoder.decode((self.path / name).read_bytes()))
         except FileNotFoundError:
             return _Cached(version, None)  # left between the two looks
         except msgspec.DecodeError as exc:
@@ -141,7 +156,7 @@ class Folder:
             log.warning("discovery.bad_record file=%s error=%s: left out, remove it or update whoever wrote it", self.path / name, exc)
             return _Cached(version, None)
 
-    def _lives(self, entry: Entry | None, stat: os.stat_result) -> bool:
+    def _lives(self, entry: Entry[R] | None, stat: os.stat_result) -> bool:
         if entry is None or self._now() - stat.st_mtime > self._lease_s:
             return False
         return entry.host != self._host or is_running(entry.pid)
@@ -161,28 +176,29 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class _Cached:
+class _Cached(Generic[R]):
     """A file that was read: heartbeats change its time, so it is read again once per beat at most."""
 
     version: tuple[int, int, int]
-    entry: Entry | None
+    entry: Entry[R] | None
 
 
-class FileDiscovery(Discovery):
+class FileDiscovery(Discovery[R]):
     """A folder, watched by polling."""
 
-    def __init__(self, path: Path, lease_s: float = LEASE_TTL_S, poll_s: float = POLL_S, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, lease_s: float = LEASE_TTL_S, poll_s: float = POLL_S, now: Callable[[], float] = time.time,
+                 kind: type[Record] = WorkerRecord) -> None:
         super().__init__()
         self.path = path
-        self._folder = Folder(path, self.counts, lease_s, now)
+        self._folder: Folder[R] = Folder(path, self.counts, lease_s, now, kind)
         self._lease_s = lease_s
         self._poll_s = poll_s
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tandem-discovery")
-        self._feed = Feed()
+        self._feed: Feed[R] = Feed()
         self._poller: asyncio.Task[None] | None = None
-        self._registrations: list[FileRegistration] = []
+        self._registrations: list[FileRegistration[R]] = []
 
-    async def register(self, record: WorkerRecord) -> Registration:
+    async def register(self, record: R) -> Registration[R]:
         """Writes the file; a task of this loop keeps it alive from then on."""
         await self.on_disk(lambda: self._folder.write(record))
         self.counts.registrations += 1
@@ -190,13 +206,13 @@ class FileDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncGenerator[Snapshot, None]:
+    def watch(self) -> AsyncGenerator[Snapshot[R], None]:
         """Every scan that differs."""
         if self._poller is None:
             self._poller = asyncio.create_task(self._poll())
         return self._feed.follow()
 
-    async def list(self) -> tuple[WorkerRecord, ...]:
+    async def list(self) -> tuple[R, ...]:
         """One scan."""
         return await self.on_disk(self._folder.scan)
 
@@ -238,10 +254,10 @@ class FileDiscovery(Discovery):
         self._feed.publish(Snapshot(records=last.records if last else (), current=False))
 
 
-class FileRegistration(Registration):
+class FileRegistration(Registration[R]):
     """One file and the task that touches it."""
 
-    def __init__(self, discovery: FileDiscovery, folder: Folder, record: WorkerRecord, beat_s: float) -> None:
+    def __init__(self, discovery: FileDiscovery[R], folder: Folder[R], record: R, beat_s: float) -> None:
         self._discovery = discovery
         self._folder = folder
         self._record = record
@@ -250,7 +266,7 @@ class FileRegistration(Registration):
         self._task: asyncio.Task[None] | None = asyncio.create_task(self._beat_for_ever())
 
     @property
-    def record(self) -> WorkerRecord:
+    def record(self) -> R:
         """As last asked for."""
         return self._record
 
@@ -259,7 +275,7 @@ class FileRegistration(Registration):
         """Whether the last write or touch succeeded."""
         return self._held
 
-    async def update(self, record: WorkerRecord) -> None:
+    async def update(self, record: R) -> None:
         """Replaces the file; a failure is repaired by a later beat."""
         check_same_worker(self._record, record)
         self._record = record

@@ -5,25 +5,26 @@ All users of one name live on one event loop; no lease is needed, since workers 
 """
 
 from collections.abc import AsyncGenerator
+from typing import Any, Generic
 
 from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import Discovery, Registration, Snapshot, check_same_worker
-from tandem_protocol.workers import WorkerRecord
+from tandem_protocol.discovery.interface import Discovery, R, Registration, Snapshot, check_same_worker
+from tandem_protocol.records import Record
 
 
-class MemoryStore:
+class MemoryStore(Generic[R]):
     """The records, and the feeds that want to know of changes."""
 
     def __init__(self) -> None:
-        self._records: dict[str, WorkerRecord] = {}
-        self._feeds: set[Feed] = set()
+        self._records: dict[str, R] = {}
+        self._feeds: set[Feed[R]] = set()
 
     @property
-    def records(self) -> tuple[WorkerRecord, ...]:
+    def records(self) -> tuple[R, ...]:
         """Ordered by id."""
         return tuple(self._records[name] for name in sorted(self._records))
 
-    def put(self, record: WorkerRecord) -> None:
+    def put(self, record: R) -> None:
         """Adds or replaces."""
         self._records[record.id] = record
         self._publish()
@@ -33,12 +34,12 @@ class MemoryStore:
         self._records.pop(name, None)
         self._publish()
 
-    def attach(self, feed: Feed) -> None:
+    def attach(self, feed: Feed[R]) -> None:
         """Publishes to `feed` from now on."""
         self._feeds.add(feed)
         feed.publish(Snapshot(records=self.records))
 
-    def detach(self, feed: Feed) -> None:
+    def detach(self, feed: Feed[R]) -> None:
         """Ends that."""
         self._feeds.discard(feed)
 
@@ -48,24 +49,24 @@ class MemoryStore:
             feed.publish(snapshot)
 
 
-_STORES: dict[str, MemoryStore] = {}
+_STORES: dict[tuple[str, str], MemoryStore[Any]] = {}
 
 
-def open_memory(name: str) -> "MemoryDiscovery":
-    """The store of this name; made on first use, kept for the life of the process."""
-    return MemoryDiscovery(_STORES.setdefault(name, MemoryStore()))
+def open_memory(name: str, kind: type[Record]) -> "MemoryDiscovery[Any]":
+    """The store of this name and kind of record; made on first use, kept for the life of the process."""
+    return MemoryDiscovery(_STORES.setdefault((name, kind.collection), MemoryStore()))
 
 
-class MemoryDiscovery(Discovery):
+class MemoryDiscovery(Discovery[R]):
     """Records in a dict."""
 
-    def __init__(self, store: MemoryStore | None = None) -> None:
+    def __init__(self, store: MemoryStore[R] | None = None) -> None:
         super().__init__()
-        self._store = store or MemoryStore()
-        self._feed = Feed()
-        self._registrations: list[MemoryRegistration] = []
+        self._store: MemoryStore[R] = store or MemoryStore()
+        self._feed: Feed[R] = Feed()
+        self._registrations: list[MemoryRegistration[R]] = []
 
-    async def register(self, record: WorkerRecord) -> Registration:
+    async def register(self, record: R) -> Registration[R]:
         """Never fails."""
         self._store.put(record)
         self.counts.registrations += 1
@@ -73,12 +74,12 @@ class MemoryDiscovery(Discovery):
         self._registrations.append(registration)
         return registration
 
-    def watch(self) -> AsyncGenerator[Snapshot, None]:
+    def watch(self) -> AsyncGenerator[Snapshot[R], None]:
         """Every change is known at once."""
         self._store.attach(self._feed)
         return self._feed.follow()
 
-    async def list(self) -> tuple[WorkerRecord, ...]:
+    async def list(self) -> tuple[R, ...]:
         """Never fails."""
         return self._store.records
 
@@ -90,16 +91,16 @@ class MemoryDiscovery(Discovery):
         self._feed.close()
 
 
-class MemoryRegistration(Registration):
+class MemoryRegistration(Registration[R]):
     """An entry of the dict."""
 
-    def __init__(self, store: MemoryStore, record: WorkerRecord) -> None:
+    def __init__(self, store: MemoryStore[R], record: R) -> None:
         self._store = store
         self._record = record
         self._held = True
 
     @property
-    def record(self) -> WorkerRecord:
+    def record(self) -> R:
         """As last asked for."""
         return self._record
 
@@ -108,7 +109,7 @@ class MemoryRegistration(Registration):
         """Until closed."""
         return self._held
 
-    async def update(self, record: WorkerRecord) -> None:
+    async def update(self, record: R) -> None:
         """Takes effect at once."""
         check_same_worker(self._record, record)
         self._record = record

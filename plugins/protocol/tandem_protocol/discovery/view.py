@@ -6,25 +6,25 @@ perhaps empty, workers that are missing in it get one lease of grace to register
 """
 
 import logging
+from typing import Generic
 
-from tandem_protocol.discovery.interface import Counts, Snapshot
-from tandem_protocol.workers import WorkerRecord
+from tandem_protocol.discovery.interface import Counts, R, Snapshot
 
 log = logging.getLogger(__name__)
 
 
-class View:
+class View(Generic[R]):
     """The believed fleet. Used by one thread."""
 
     def __init__(self, counts: Counts, grace_s: float) -> None:
         self._counts = counts
         self._grace_s = grace_s
-        self._records: dict[str, WorkerRecord] = {}
+        self._records: dict[str, R] = {}
         self._graced_until: dict[str, float] = {}
         self._revision = 0
         self._away = False
 
-    def lost(self, reason: str) -> Snapshot:
+    def lost(self, reason: str) -> Snapshot[R]:
         """The store can't be reached: nothing changes but `current`."""
         if not self._away:
             self._away = True
@@ -32,7 +32,7 @@ class View:
             log.warning("discovery.lost error=%s: keeping the last view of %d workers", reason, len(self._records))
         return self._snapshot()
 
-    def listed(self, found: dict[str, WorkerRecord], revision: int, now: float) -> Snapshot:
+    def listed(self, found: dict[str, R], revision: int, now: float) -> Snapshot[R]:
         """The store was read at `revision`; `now` is of a monotonic clock, in seconds.
 
         A revision that went backwards is another store under the same address: as if it had been away.
@@ -44,7 +44,7 @@ class View:
         self._records = {**{name: self._records[name] for name in self._graced_until}, **found}
         return self._snapshot()
 
-    def _welcome(self, found: dict[str, WorkerRecord], now: float) -> None:
+    def _welcome(self, found: dict[str, R], now: float) -> None:
         missing = [name for name in self._records if name not in found]
         for name in missing:
             if name not in self._graced_until:
@@ -52,5 +52,5 @@ class View:
                 self._counts.graced += 1
         log.info("discovery.back workers=%d missing=%d grace_s=%g", len(found), len(missing), self._grace_s)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Snapshot[R]:
         return Snapshot(records=tuple(self._records[name] for name in sorted(self._records)), current=not self._away)
