@@ -14,12 +14,12 @@ import zmq
 from vllm.distributed import kv_events as vllm_events
 
 from tandem_protocol.errors import ConfigError
+from tandem_protocol.event_sequence_terms import Limits
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Tier, decode
 from tandem_protocol.workers import EventSource
 from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
 from tandem_router.index import KvIndex
-from tandem_router.sequence_terms import Limits
 
 _WAIT_S = 30.0
 _BLOCK = 4

@@ -17,11 +17,11 @@ from pathlib import Path
 import zmq
 
 from tandem_protocol.errors import ConfigError, UnavailableError
+from tandem_protocol.event_link import Link
+from tandem_protocol.event_sequence_terms import Limits, Position
 from tandem_protocol.workers import EventSource
 from tandem_router.feed_snapshot import Place, Snapshot, read_snapshot, write_snapshot
-from tandem_router.feed_sockets import Link
 from tandem_router.feed_source import Index, Observer, Silent, SourceFeed, SourceState
-from tandem_router.sequence_terms import Limits, Position
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.05

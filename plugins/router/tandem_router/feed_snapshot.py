@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from tandem_protocol.errors import ConfigError
-from tandem_router.sequence_terms import Position
+from tandem_protocol.event_sequence_terms import Position
 
 _FORMAT = 1
 

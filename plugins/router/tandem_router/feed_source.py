@@ -12,17 +12,15 @@ from typing import Any, Protocol
 import msgspec
 
 from tandem_protocol.errors import TandemError
+from tandem_protocol.event_follower import Follower
+from tandem_protocol.event_link import Link
+from tandem_protocol.event_sequence import Sequence
+from tandem_protocol.event_sequence_terms import Limits, Phase, Position
 from tandem_protocol.kv_events import AllBlocksCleared, Event, EventBatch, Tier, decode
 from tandem_protocol.workers import EventSource
 from tandem_router.feed_snapshot import Place
-from tandem_router.feed_sockets import Change, Link, parse_live, parse_replayed
-from tandem_router.sequence import Sequence
-from tandem_router.sequence_terms import Limits, Phase, Position
 
 _log = logging.getLogger(__name__)
-_BURST = 256
-"""Frames of one publisher per wake-up, so that none keeps the others waiting."""
-_REPAIR_PAUSE_S = 1.0
 
 
 class Index(Protocol):
@@ -62,7 +60,7 @@ class Silent:
 
 
 class SourceState(msgspec.Struct, frozen=True, kw_only=True):
-    """One publisher, as metrics and `tandem status` show it; for the counters see `sequence_terms.Counts`."""
+    """One publisher, as metrics and `tandem status` show it; for the counters see `event_sequence_terms.Counts`."""
 
     worker_id: str
     dp_rank: int
@@ -102,6 +100,7 @@ class SourceFeed:
         self.slot = slot
         self.link = link
         self.sequence = Sequence(self, repairable=bool(source.replay_endpoint), limits=limits, resume=resume)
+        self._follower = Follower(link, self.sequence, f"worker={worker_id} dp_rank={source.dp_rank}")
         self._index = index
         self._observer = observer
         self._wall = wall
@@ -109,25 +108,14 @@ class SourceFeed:
         self._detached = False
         self._blocks = 0
         self._lag_s = 0.0
-        self._failures = 0
-        self._reopen_s: float | None = None
 
     def step(self, now: float) -> None:
         """Takes up to a burst of what arrived, without waiting. An exception of index or observer is counted, logged, and repaired."""
-        try:
-            self._step(now)
-        except Exception:
-            self._fail(now)
+        self._follower.step(now)
 
     def tick(self, now: float) -> None:
         """Acts on deadlines."""
-        try:
-            if self._reopen_s is not None and now >= self._reopen_s:
-                self._reopen_s = None
-                self.link.reopen()
-            self.sequence.tick(now)
-        except Exception:
-            self._fail(now)
+        self._follower.tick(now)
 
     def detach(self) -> None:
         """After this returns nothing more reaches the index from here. Waits for one batch at most."""
@@ -146,7 +134,7 @@ class SourceFeed:
         return SourceState(
             worker_id=self.worker_id, dp_rank=self.source.dp_rank, endpoint=self.source.endpoint, slot=self.slot,
             connected=self.sequence.phase is not Phase.AWAY, synced=self.sequence.synced, last_seq=self.sequence.last_seq,
-            blocks=self._blocks, lag_s=self._lag_s, failures=self._failures, **vars(self.sequence.counts),
+            blocks=self._blocks, lag_s=self._lag_s, failures=self._follower.failures, **vars(self.sequence.counts),
         )
 
     def apply(self, seq: int, payload: bytes) -> bool:
@@ -157,7 +145,7 @@ class SourceFeed:
             _log.warning("feed.malformed worker=%s dp_rank=%d seq=%d: %s", self.worker_id, self.source.dp_rank, seq, exc)
             return False
         with self._gate:
-            if not self._detached:
+            if not self._detached and self._concerns(batch):
                 self._apply(batch)
         return True
 
@@ -173,51 +161,13 @@ class SourceFeed:
         """Asks the publisher for a replay."""
         self.link.ask(start)
 
+    def _concerns(self, batch: EventBatch) -> bool:
+        """A merged stream carries every rank's batches; one without a rank is everybody's."""
+        return not self.source.merged or batch.dp_rank in (None, self.source.dp_rank)
+
     def _apply(self, batch: EventBatch) -> None:
         for event in batch.events:
             self._index.apply(self.slot, event)
             self._blocks += 0 if isinstance(event, AllBlocksCleared) else len(event.hashes)
         self._lag_s = self._wall() - batch.timestamp_s
         self._observer.applied(self.worker_id, self.source.dp_rank, batch)
-
-    def _step(self, now: float) -> None:
-        received = self.link.live(_BURST)
-        # Only now: whatever came over a connection that broke before this moment must not pass for the next one's.
-        for change in self.link.changes():
-            if change is Change.PARTED:
-                received = []
-                self.sequence.parted()
-            else:
-                self.sequence.joined(now)
-        for parts in received:
-            self._take_live(parts, now)
-        for _ in range(_BURST):
-            if not self._take_replayed(now):
-                break
-
-    def _take_live(self, parts: list[bytes], now: float) -> None:
-        frame = parse_live(parts)
-        if frame is None or frame.seq is None:
-            self.sequence.unreadable(now)
-        else:
-            self.sequence.live(frame.seq, frame.payload, now)
-
-    def _take_replayed(self, now: float) -> bool:
-        parts = self.link.replayed()
-        if parts is None:
-            return False
-        frame = parse_replayed(parts)
-        if frame is None:
-            self.sequence.unreadable(now)
-        elif frame.seq is None:
-            self.link.answered()
-            self.sequence.replay_ended(now)
-        else:
-            self.sequence.replayed(frame.seq, frame.payload, now)
-        return True
-
-    def _fail(self, now: float) -> None:
-        self._failures += 1
-        _log.exception("feed.failed worker=%s dp_rank=%d: it starts over", self.worker_id, self.source.dp_rank)
-        self.sequence.broken()
-        self._reopen_s = now + _REPAIR_PAUSE_S

@@ -18,7 +18,7 @@ calls it from one thread. Three things make it hold:
                        RESTING ◀─ backoff             └──▶ ASKING
 """
 
-from tandem_router.sequence_terms import Counts, Limits, Phase, Position, Sink, fingerprint
+from tandem_protocol.event_sequence_terms import Counts, Limits, Phase, Position, Sink, fingerprint
 
 
 class Sequence:
@@ -98,14 +98,14 @@ class Sequence:
         else:
             self._meet_past(seq, payload, now)
 
-    def replayed(self, seq: int, payload: bytes, now: float) -> None:
-        """A frame that answers the last question."""
+    def replayed(self, seq: int, payload: bytes, now: float, *, whole: bool = False) -> None:
+        """A frame that answers the last question; `whole`: what came before it is contained in the answer."""
         if self.phase is not Phase.ASKING:
             return
         self._due_s = now + self._limits.reply_s
         self._answered_next = max(self._answered_next, seq + 1)
         if self._next is None:
-            self.counts.lost += seq
+            self.counts.lost += 0 if whole else seq
             self._take_replayed(seq, payload)
         elif seq < self._next:
             self._compare(seq, payload, now)

@@ -23,6 +23,8 @@ _QUEUED_FRAMES = 100_000
 _RECONNECT_MS, _RECONNECT_LIMIT_MS = 50, 2_000
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 2_000, 6_000
 """A host that vanished without a word is noticed after the second."""
+DUMP_TOPIC = b"tandem.dump"
+"""Topic of the frames of an answer that together are the publisher's whole state: no loss, although they don't begin at 0."""
 _END = (1 << 64) - 1
 _EVENT = struct.Struct("=hi")
 """First frame of a message of ZMQ's socket monitor: the event, and a value that nobody needs here."""
@@ -42,6 +44,8 @@ class Frame:
 
     seq: int | None
     payload: bytes
+    whole: bool = False
+    """Part of a dump: nothing is missing before the first of them, whatever its number."""
 
 
 def parse_live(parts: list[bytes]) -> Frame | None:
@@ -56,7 +60,7 @@ def parse_replayed(parts: list[bytes]) -> Frame | None:
     if len(parts) not in (3, 4) or len(parts[-2]) != 8:
         return None
     seq = int.from_bytes(parts[-2], "big")
-    return Frame(None if seq == _END else seq, parts[-1])
+    return Frame(None if seq == _END else seq, parts[-1], whole=len(parts) == 4 and parts[1] == DUMP_TOPIC)
 
 
 class Link:

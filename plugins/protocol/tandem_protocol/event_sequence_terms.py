@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words in which `sequence` speaks: whom it acts upon, its bounds, its counters, a place in a stream."""
+"""The words in which `event_sequence` speaks: whom it acts upon, its bounds, its counters, a place in a stream."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,7 +70,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Phase(StrEnum):
-    """See the drawing in `sequence`."""
+    """See the drawing in `event_sequence`."""
 
     AWAY = "away"
     ASKING = "asking"

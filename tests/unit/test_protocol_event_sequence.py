@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem_router.sequence import Sequence
-from tandem_router.sequence_terms import Limits, Phase, Position, fingerprint
+from tandem_protocol.event_sequence import Sequence
+from tandem_protocol.event_sequence_terms import Limits, Phase, Position, fingerprint
 
 _LIMITS = Limits(held_frames=6, remembered=4)
 
@@ -350,3 +350,14 @@ def test_after_a_failure_of_the_sink_the_next_join_starts_over() -> None:
     world.join()
     world.answer()
     assert world.sink.applied == world.published
+
+
+@pytest.mark.parametrize(("whole", "lost"), [(True, 0), (False, 7)])
+def test_an_answer_that_is_a_dump_has_lost_nothing(whole: bool, lost: int) -> None:
+    """Its numbers begin late, but it holds all that came before."""
+    world = _World()
+    world.join()
+    world.in_flight.clear()
+    world.sequence.replayed(7, b"0:7", 0.0, whole=whole)
+    assert world.sequence.counts.lost == lost
+    assert world.sink.applied == [(7, b"0:7")]
