@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tandem_protocol.errors import TandemError
+from tandem_protocol.errors import RequestError, TandemError, UnavailableError
 from tandem_protocol.requests import TensorReader
 from tandem_protocol.roles import Role
 from tandem_protocol.streams import Outbox, ResponseStream
@@ -185,3 +185,11 @@ class FakeHost:
         self.drained.append(timeout_s)
         aborted, self.active = len(self.active), []
         return aborted
+
+    async def kvbm(self, command: str, tier: str) -> dict[str, Any]:
+        """A worker with a host tier that is stuck, a disk tier, and no other."""
+        if tier == "G4":
+            raise RequestError("the engine refused: this engine has no tier G4")
+        if tier == "G2":
+            raise UnavailableError("the engine did not answer")
+        return {"command": command, "tier": tier}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tandem_kvbm.config import KvbmSettings
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
 from tandem_router.config import RouterSettings
@@ -18,7 +19,7 @@ DASH = "\N{EN DASH}"
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [(settings, name) for settings in (WorkerSettings, RouterSettings) for name in specs_of(settings)]
+    ("settings", "name"), [(settings, name) for settings in (WorkerSettings, RouterSettings, KvbmSettings) for name in specs_of(settings)]
 )
 def test_every_setting_is_documented_with_its_default(settings: type[Any], name: str) -> None:
     """docs/configuration.md has a row for each setting: variable, name, default, unit, and the very help text."""

@@ -41,6 +41,9 @@ def test_defaults() -> None:
     ("line", "environment"),
     [
         (["--connector", "nixl", "lmcache"], {"DYN_CONNECTOR": "nixl lmcache"}),
+        (["--prefill-connector", "kvbm", "nixl"], {"TANDEM_PREFILL_CONNECTOR": "kvbm nixl"}),
+        (["--connector", "kvbm", "--cpu-cache-gb", "20", "--disk-cache-dir", "/mnt"],
+         {"DYN_CONNECTOR": "kvbm", "DYN_KVBM_CPU_CACHE_GB": "20", "DYN_KVBM_DISK_CACHE_DIR": "/mnt"}),
         (["--no-use-vllm-tokenizer"], {"DYN_VLLM_USE_TOKENIZER": "false"}),
         (["--use-vllm-tokenizer"], {"DYN_VLLM_USE_TOKENIZER": "true"}),
         (["--admin-port", "9000"], {"DYN_SYSTEM_PORT": "9000"}),

@@ -34,7 +34,7 @@ async def client(host: FakeHost) -> AsyncIterator[ClientSession]:
 @pytest.mark.parametrize(
     ("state", "live", "healthy"),
     [(WorkerState.STARTING, 200, 503), (WorkerState.READY, 200, 200), (WorkerState.DRAINING, 200, 503), (WorkerState.DEAD, 503, 503),
-     (WorkerState.STOPPED, 503, 503)],
+     (WorkerState.STOPPED, 503, 503), (WorkerState.HUNG, 503, 503), (WorkerState.UNWELL, 200, 503)],
 )
 async def test_codes_by_state(client: ClientSession, host: FakeHost, state: WorkerState, live: int, healthy: int) -> None:
     """Live means that a restart would not help; healthy, that it takes requests."""
@@ -126,3 +126,20 @@ async def test_a_taken_port_is_named_with_its_setting(host: FakeHost) -> None:
 async def test_stop_before_start_does_nothing(host: FakeHost) -> None:
     """A worker may fail before its admin server is up."""
     await AdminServer(host, "decode", DRAIN_TIMEOUT_S).stop()
+
+
+async def test_kv_tiers_are_asked(client: ClientSession) -> None:
+    """A status by GET, a reset of one tier by POST."""
+    async with client.get("/kvbm") as answer:
+        assert (answer.status, await answer.json()) == (200, {"command": "status", "tier": ""})
+    async with client.post("/kvbm", json={"reset": "G3"}) as answer:
+        assert (answer.status, await answer.json()) == (200, {"command": "reset", "tier": "G3"})
+
+
+@pytest.mark.parametrize(("tier", "code", "message"),
+                         [("G4", 404, "has no tier G4"), ("G2", 503, "did not answer"), ("G7", 400, "one of G1"), (None, 400, "one of G1")])
+async def test_a_tier_that_can_not_be_reset_is_an_error(client: ClientSession, tier: str | None, code: int, message: str) -> None:
+    """With the reason."""
+    async with client.post("/kvbm", json={"reset": tier}) as answer:
+        assert answer.status == code
+        assert message in (await answer.json())["error"]

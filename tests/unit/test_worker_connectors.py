@@ -73,7 +73,7 @@ def test_several_connectors_are_joined_in_order() -> None:
     assert {child["kv_role"] for child in children} == {"kv_producer"}
 
 
-@pytest.mark.parametrize(("name", "fix"), [("nixl", "nixl-cu12"), ("lmcache", "the package lmcache"), ("kvbm", "not part of this release")])
+@pytest.mark.parametrize(("name", "fix"), [("nixl", "nixl-cu12"), ("lmcache", "the package lmcache"), ("kvbm", "the plugin tandem_kvbm")])
 def test_a_connector_that_is_not_installed_is_named(name: str, fix: str) -> None:
     """With what to install."""
     with pytest.raises(ConfigError, match=f"connector '{name}' is not installed: .*{fix}"):
@@ -82,9 +82,10 @@ def test_a_connector_that_is_not_installed_is_named(name: str, fix: str) -> None
 
 def test_the_shared_table_is_not_handed_out() -> None:
     """What the engine writes into its configuration must not reach the next one."""
-    first = transfer_config(("nixl",), Role.DECODE, everything)
+    first = transfer_config(("kvbm",), Role.DECODE, everything)
     assert first is not None
     first["kv_connector"] = "changed"
-    second = transfer_config(("nixl",), Role.DECODE, everything)
+    first["kv_connector_extra_config"]["spec_name"] = "changed"
+    second = transfer_config(("kvbm",), Role.DECODE, everything)
     assert second is not None
-    assert second["kv_connector"] == "NixlConnector"
+    assert (second["kv_connector"], second["kv_connector_extra_config"]["spec_name"]) == ("OffloadingConnector", "KvbmSpec")

@@ -3,12 +3,13 @@
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from tandem_worker import shared_memory
-from tandem_worker.shared_memory import mapped_files, remove_unmapped
+from tandem_worker.shared_memory import STARTING_S, mapped_files, remove_unmapped, sweep_host_tiers
 
 
 @pytest.fixture
@@ -50,6 +51,17 @@ def test_only_shared_memory_of_the_given_processes_counts(shm: Path, proc: Path,
     add_process(proc, 1, *mine, make(tmp_path, "elsewhere"))
     add_process(proc, 2, other)
     assert mapped_files([1], proc) == mine
+
+
+def test_host_tiers_of_killed_engines_are_swept(shm: Path, proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that somebody maps, not other files, and none that may be of an engine that is starting."""
+    stale, used, other = make(shm, "vllm_offload_a.mmap"), make(shm, "vllm_offload_b.mmap"), make(shm, "psm_1")
+    add_process(proc, 1, used)
+    assert sweep_host_tiers(shm, proc) == []
+    now = time.time()
+    monkeypatch.setattr(shared_memory.time, "time", lambda: now + STARTING_S + 1)
+    assert sweep_host_tiers(shm, proc) == [stale]
+    assert sorted(shm.iterdir()) == sorted([used, other])
 
 
 def test_a_semaphore_is_found_by_its_creator(shm: Path, proc: Path) -> None:

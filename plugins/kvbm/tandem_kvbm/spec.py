@@ -20,6 +20,7 @@ from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from tandem_kvbm import control
 from tandem_kvbm.checks import bounded, check_host_memory
 from tandem_kvbm.config import KvbmSettings, ignored_variables, load_settings
 from tandem_kvbm.cpu_worker import HostCopyWorker
@@ -59,6 +60,7 @@ class KvbmSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM's classes a
                 log.warning("kvbm.ignored variable=%s reason=%s", name, reason)
             with bounded("setting up the KV tiers", self.settings.leader_worker_init_timeout_s, _end_process):
                 self._manager = self._build_manager()
+            control.install()
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:

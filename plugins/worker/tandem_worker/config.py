@@ -59,6 +59,10 @@ class WorkerSettings:
         env="DYN_CONNECTOR", default=None, parse=parse_words,
         help="KV connectors in order: nixl, lmcache, kvbm, or null/none alone. Unset: nixl for prefill and decode, none for aggregated.",
     )
+    prefill_connector: tuple[str, ...] | None = setting(
+        env="TANDEM_PREFILL_CONNECTOR", default=None, parse=parse_words,
+        help="Connectors of prefill workers in place of `connector`, e.g. `kvbm nixl`: offloading pays where prompts are computed.",
+    )
     use_vllm_tokenizer: bool = setting(
         env="DYN_VLLM_USE_TOKENIZER", default=True, parse=parse_bool,
         help="Text in and out by vLLM's tokenizer. Off: token ids only, which saves the worker's CPU behind a tokenizing front end.",
@@ -157,6 +161,8 @@ class WorkerSettings:
     @property
     def effective_connectors(self) -> tuple[str, ...]:
         """The connectors, after the role's default."""
+        if self.effective_role is Role.PREFILL and self.prefill_connector is not None:
+            return self.prefill_connector
         if self.connector is not None:
             return self.connector
         return ("nixl",) if self.effective_role.is_disaggregated else ("none",)

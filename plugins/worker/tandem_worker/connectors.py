@@ -7,6 +7,7 @@ the first with a hit and saves to all.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,7 @@ _PACKAGES = {"nixl": "nixl", "lmcache": "lmcache", "kvbm": "tandem_kvbm"}
 _INSTALL = {
     "nixl": "install the packages nixl and nixl-cu12 or nixl-cu13",
     "lmcache": "install the package lmcache",
-    "kvbm": "it is not part of this release",
+    "kvbm": "install the plugin tandem_kvbm, which is a part of Tandem",
 }
 
 
@@ -60,7 +61,7 @@ def transfer_config(names: tuple[str, ...], role: Role, installed: Callable[[str
     missing = [name for name in names if not installed(_PACKAGES[name])]
     if missing:
         raise ConfigError(f"connector {missing[0]!r} is not installed: {_INSTALL[missing[0]]}, or choose another --connector")
-    children = [{**_CONNECTORS[name], "kv_role": KV_ROLE[role]} for name in names]
+    children = [{**deepcopy(_CONNECTORS[name]), "kv_role": KV_ROLE[role]} for name in names]
     if not children:
         return None
     if len(children) == 1:

@@ -25,6 +25,7 @@ from tandem_worker.config import WorkerSettings
 from tandem_worker.generation import Generator
 from tandem_worker.registration import Presence, Unregistered
 from tandem_worker.status import WorkerState, WorkerStatus
+from tandem_worker.tiers import ask_tiers
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,10 @@ class EngineHost:
             self._cancel(active, UnavailableError(f"the worker is shutting down and waited {timeout_s:g} s for this request"))
         await asyncio.wait([active.task for active in left if active.task], timeout=_STOP_TIMEOUT_S)
         return len(left)
+
+    async def kvbm(self, command: str, tier: str) -> dict[str, Any]:
+        """Asks the engine's KV tiers. Raises RequestError if it has none, UnavailableError if it doesn't answer in time."""
+        return await ask_tiers(self.generator.engine, command, tier)
 
     def shutdown(self) -> None:
         """Drains within the configured bound, stops the engine and the threads. Called from the main thread."""

@@ -3,12 +3,17 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 SHM = Path("/dev/shm")  # noqa: S108 - this is where POSIX shared memory lives on Linux
+HOST_TIERS = "vllm_offload_*.mmap"
+"""Host memory of KV tiers: gigabytes that stay behind when an engine and its guard are killed together."""
+STARTING_S = 600.0
+"""A younger file may be of an engine that has made it and not mapped it yet, or that can't be seen from this container."""
 
 
 def mapped_files(pids: Iterable[int], proc: Path = Path("/proc")) -> set[Path]:
@@ -35,6 +40,20 @@ def _inode(path: Path) -> int | None:
         return path.stat().st_ino
     except OSError:
         return None
+
+
+def sweep_host_tiers(shm: Path = SHM, proc: Path = Path("/proc")) -> list[Path]:
+    """Removes host tiers that nobody has mapped for a while; returns them. Engines that have theirs mapped lose nothing by it."""
+    stale = [path for path in shm.glob(HOST_TIERS) if _age_s(path) > STARTING_S]
+    return remove_unmapped(stale, proc)
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the file changed; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_ctime
+    except OSError:
+        return 0.0
 
 
 def remove_unmapped(files: Iterable[Path], proc: Path = Path("/proc")) -> list[Path]:

@@ -22,6 +22,7 @@ from tandem_worker.guard import Ward, say_goodbye, start_guard
 from tandem_worker.host import EngineHost
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
+from tandem_worker.shared_memory import sweep_host_tiers
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Worker:
         from tandem_worker.generation import Generator
         from tandem_worker.load import EngineLoad
 
+        for path in sweep_host_tiers():
+            log.warning("shm.swept path=%s: the host tier of an engine that was killed", path)
         platform = detect_platform()
         arguments = complete(self._given_arguments(), self.settings, platform)
         if platform.is_cpu:

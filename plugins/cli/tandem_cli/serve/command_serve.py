@@ -27,6 +27,7 @@ from tandem_cli.serve.preflight import GIB, Port, check_memory, check_model, che
 from tandem_cli.serve.readiness import tail, wait_until_ready
 from tandem_cli.serve.repository import write_repository
 from tandem_cli.serve.run_state import RUN_ID_VARIABLE, RunState, read_state, write_state
+from tandem_cli.serve.tiers import check_tiers
 from tandem_cli.serve.tritonserver import find_triton, join_backends, server_command, server_environment
 from tandem_protocol.errors import ConfigError, EngineError
 from tandem_protocol.roles import Role
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     hardware = detect_hardware()
     fleet = plan_fleet(options.mode, options.counts, options.only, hardware, options.engine_arguments)
     settings = [_settings(worker, options) for worker in fleet.workers]
+    check_tiers(settings, {**os.environ, **options.environment})
     routers = _router_ports(options)
     check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers)])
     if options.model:

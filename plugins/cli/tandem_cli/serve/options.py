@@ -12,6 +12,7 @@ from typing import Any
 
 from tandem_cli.serve.engine_arguments import parse_engine_arguments
 from tandem_cli.serve.fleet import Counts, Mode
+from tandem_kvbm.config import KvbmSettings
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 from tandem_protocol.settings import SettingSpec, parse_bool, parse_value, specs_of
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, spec in specs_of(WorkerSettings).items():
         if spec.flag:
             _add_setting(workers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
+    tiers = parser.add_argument_group("KV tiers", "of workers with the connector kvbm; see docs/configuration.md")
+    for name, spec in kvbm_specs().items():
+        _add_setting(tiers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
     routers = parser.add_argument_group("router settings", "see docs/configuration.md")
     for name, spec in router_specs().items():
         _add_setting(routers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
@@ -73,11 +77,16 @@ def router_specs() -> dict[str, SettingSpec]:
     return {name: spec for name, spec in specs_of(RouterSettings).items() if spec.flag and name not in specs_of(WorkerSettings)}
 
 
+def kvbm_specs() -> dict[str, SettingSpec]:
+    """The settings of KV tiers that are flags."""
+    return {name: spec for name, spec in specs_of(KvbmSettings).items() if spec.flag}
+
+
 def _add_setting(group: Any, name: str, is_bool: bool, text: str) -> None:
     flag, text = f"--{name.replace('_', '-')}", text.replace("%", "%%")
     if is_bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-    elif name == "connector":
+    elif name.endswith("connector"):
         group.add_argument(flag, nargs="+", help=text)
     else:
         group.add_argument(flag, help=text)
@@ -106,7 +115,7 @@ def parse_options(args: argparse.Namespace) -> ServeOptions:
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
     environment = {}
-    for name, spec in (router_specs() | specs_of(WorkerSettings)).items():
+    for name, spec in (router_specs() | kvbm_specs() | specs_of(WorkerSettings)).items():
         value = getattr(args, name, None) if spec.flag else None
         if value is not None:
             text = " ".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
