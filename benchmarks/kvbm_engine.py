@@ -87,11 +87,12 @@ async def _run(plan: Plan) -> Outcome:
 
 @asynccontextmanager
 async def _engine(plan: Plan) -> AsyncIterator[Any]:
+    from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     transfer = _transfer(plan)
-    arguments = {**plan.arguments, **({"kv_transfer_config": transfer} if transfer else {})}
+    arguments = {**plan.arguments, **({"kv_transfer_config": KVTransferConfig(**transfer)} if transfer else {})}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=plan.model, **arguments))
     try:
         yield engine
