@@ -8,9 +8,11 @@ import asyncio
 import dataclasses
 import json
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import msgspec
 from aiohttp import web
 
 from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
@@ -18,11 +20,14 @@ from tandem_protocol.errors import ConfigError
 from tandem_router.busy import BusyThresholds
 from tandem_router.feed import EventFeed
 from tandem_router.fleet import Fleet
+from tandem_router.index import KvIndex
 from tandem_router.metrics import RouterMetrics
+from tandem_router.replicas import Sharing
 
 log = logging.getLogger(__name__)
 
 _MAX_BODY = 64 * 1024
+_LOADS = ("active_requests", "active_prefill_tokens", "active_blocks", "total_blocks")
 _FEED_COUNTS = ("batches", "blocks", "duplicates", "gaps", "replays", "unanswered", "resyncs", "restarts", "malformed", "overflows", "lost")
 
 
@@ -31,7 +36,9 @@ class Served(Protocol):
 
     name: str
     fleet: Fleet
+    replicas: Sharing
     feed: EventFeed | None
+    index: KvIndex
     metrics: RouterMetrics
 
     @property
@@ -83,6 +90,7 @@ class AdminServer:
     async def _metrics(self, _: web.Request) -> web.Response:
         router = self._router
         router.metrics.gauges(router.active_requests, _loads(router.fleet), _feed_counts(router.feed))
+        router.metrics.replicas(_replica_figures(router))
         body = await asyncio.to_thread(router.metrics.exposition)
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
@@ -103,14 +111,44 @@ class AdminServer:
 
 
 def fleet_report(router: Served) -> dict[str, Any]:
-    """Every worker of the model, and why placement leaves it out."""
+    """Every worker of the model, its load and index, why placement leaves it out; and the other routers."""
+    loads, blocks = _load_by_worker(router.fleet), _blocks_by_worker(router.index)
     workers = [
         {"id": record.id, "role": record.role, "state": record.state, "grpc_url": record.grpc_url, "triton_model": record.triton_model,
-         "admin_url": record.admin_url, "placed": not reason, "reason": reason}
+         "admin_url": record.admin_url, "placed": not reason, "reason": reason, "index_blocks": blocks[record.id], **loads[record.id]}
         for record, reason in router.fleet.members
     ]
     ready = router.prepared and bool(router.fleet.generating.workers)
-    return {"router": router.name, "ready": ready, "model": router.fleet.model, "active": router.active_requests, "workers": workers}
+    return {"router": router.name, "ready": ready, "model": router.fleet.model, "active": router.active_requests, "workers": workers,
+            "replicas": [msgspec.structs.asdict(state) for state in router.replicas.states()]}
+
+
+def _load_by_worker(fleet: Fleet) -> defaultdict[str, dict[str, float]]:
+    """Worker id -> its load in the books, over all ranks."""
+    loads: defaultdict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(_LOADS, 0))
+    for pool in fleet.pools.values():
+        for load in pool.loads():
+            for name in _LOADS:
+                loads[load.worker_id][name] += getattr(load, name)
+    return loads
+
+
+def _blocks_by_worker(index: KvIndex) -> Counter[str]:
+    """Worker id -> blocks that the index knows it to hold, over all ranks."""
+    blocks: Counter[str] = Counter()
+    for info in index.slots():
+        blocks[info.name] += info.blocks
+    return blocks
+
+
+def _replica_figures(router: Served) -> Iterator[tuple[str, str, float]]:
+    for state in router.replicas.states():
+        for what, value in msgspec.structs.asdict(state).items():
+            if what != "id":
+                yield state.id, what, float(value)
+    for role, pool in router.fleet.pools.items():
+        yield role, "misses_unknown", pool.books.misses.unknown
+        yield role, "misses_duplicate", pool.books.misses.duplicate
 
 
 def _loads(fleet: Fleet) -> Iterator[tuple[str, str, float]]:

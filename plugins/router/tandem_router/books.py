@@ -71,7 +71,8 @@ class Books:
     def __init__(self, *, pool: str, replica: str = "", assume_kv_reuse: bool = True, track_output: bool = False,
                  publish: Publisher = publish_nothing) -> None:
         self.misses = Misses()
-        self._pool, self._replica, self._publish = pool, replica, publish
+        self.pool = pool
+        self._replica, self._publish = replica, publish
         self._reuse, self._track_output = assume_kv_reuse, track_output
         self._held: dict[_Key, _Held] = {}
         self._columns: dict[tuple[str, int], int] = {}
@@ -92,6 +93,10 @@ class Books:
         self._registered.add(worker)
         return self._column(worker, dp_rank)
 
+    def count_of(self, replica: str) -> int:
+        """Requests in flight that a router placed; looks at all, so it is for reports."""
+        return sum(owner == replica for owner, _ in self._held)
+
     def columns_of(self, worker: str) -> tuple[int, ...]:
         """The columns of a worker's ranks."""
         return tuple(column for (name, _), column in self._columns.items() if name == worker)
@@ -109,7 +114,7 @@ class Books:
     def add(self, ticket: int, worker: str, dp_rank: int, prompt: PlacedPrompt) -> None:
         """Books an own request, at once."""
         keys = np.asarray(prompt.keys, "<u8").tobytes() if self._reuse else b""
-        event = Add(replica=self._replica, pool=self._pool, ticket=ticket, worker=worker, dp_rank=dp_rank, keys=keys, isl=prompt.isl,
+        event = Add(replica=self._replica, pool=self.pool, ticket=ticket, worker=worker, dp_rank=dp_rank, keys=keys, isl=prompt.isl,
                     block_size=prompt.block_size, prefill_tokens=prompt.prefill_tokens,
                     expected_output_tokens=prompt.expected_output_tokens)
         self._apply(event)
@@ -120,7 +125,7 @@ class Books:
         held = self._held.get((self._replica, ticket))
         if held is None or held.prefill_tokens == 0:
             return False
-        event = PrefillDone(replica=self._replica, pool=self._pool, ticket=ticket)
+        event = PrefillDone(replica=self._replica, pool=self.pool, ticket=ticket)
         self._apply(event)
         self._publish(event)
         return True
@@ -133,21 +138,21 @@ class Books:
         before = held.output_blocks
         self._grow(held, held.produced + tokens)
         if held.output_blocks != before:
-            self._publish(Output(replica=self._replica, pool=self._pool, ticket=ticket, produced=held.produced))
+            self._publish(Output(replica=self._replica, pool=self.pool, ticket=ticket, produced=held.produced))
         return True
 
     def free(self, ticket: int) -> bool:
         """The request is over, however it ended; false if it is not held."""
         if (self._replica, ticket) not in self._held:
             return False
-        event = Free(replica=self._replica, pool=self._pool, ticket=ticket)
+        event = Free(replica=self._replica, pool=self.pool, ticket=ticket)
         self._apply(event)
         self._publish(event)
         return True
 
     def apply_remote(self, event: BookEvent) -> bool:
         """Takes another replica's event; false if it is of another pool, or our own come back."""
-        if event.pool != self._pool or event.replica == self._replica:
+        if event.pool != self.pool or event.replica == self._replica:
             return False
         self._apply(event)
         return True

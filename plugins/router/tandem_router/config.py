@@ -129,6 +129,15 @@ class RouterSettings:
         help="Share the books of requests in flight with the other routers of these workers; off since one router has nobody to tell.",
     )
 
+    router_replica_host: str = setting(
+        env="TANDEM_ROUTER_REPLICA_HOST", default="127.0.0.1", parse=str,
+        help="Address of this host at which other routers reach its books; loopback, since whoever reaches it sees block keys.",
+    )
+    router_replica_port: int = setting(
+        env="TANDEM_ROUTER_REPLICA_PORT", default=0, parse=parse_int(0, 65_534), unit="port",
+        help="First of two ports for that, the next instance has the next two; 0 takes any free ones, since discovery tells them.",
+    )
+
     active_decode_blocks_threshold: float | None = setting(
         env="DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD", default=None, parse=_or_unset(parse_float(0, 1)), unit="share of KV blocks",
         help="A worker with more of its KV blocks in use by requests in flight is busy; unset: never.",

@@ -98,6 +98,7 @@ class Dispatcher:
         while True:
             request, pool = answer.next_leg(), self._pools.generating
             decision = await self._place(pool, _route_of(routed, request, excluded))
+            log.debug("request.placed worker=%s leg=%d", decision.worker.id, answer.legs)
             try:
                 await self._leg(routed, request, Leg(pool, decision), answer, stream)
             except WorkerLostError as exc:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from tandem_protocol.discovery import Discovery
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerRecord
+from tandem_router.book_events import Publisher, publish_nothing
 from tandem_router.config import RouterSettings
 from tandem_router.feed import EventFeed
 from tandem_router.index import KvIndex
@@ -42,8 +43,10 @@ class _Member:
 class Fleet:
     """Follows discovery until `close`."""
 
-    def __init__(self, settings: RouterSettings, discovery: Discovery, index: KvIndex, feed: EventFeed | None) -> None:
-        self.pools = {role: Placement(settings, role, index) for role in Role}
+    def __init__(self, settings: RouterSettings, discovery: Discovery, index: KvIndex, feed: EventFeed | None, *, replica: str = "",
+                 publish: Publisher = publish_nothing) -> None:
+        """`replica` and `publish` as for `Placement`."""
+        self.pools = {role: Placement(settings, role, index, replica=replica, publish=publish) for role in Role}
         self.changed = asyncio.Event()
         self._settings, self._discovery, self._index, self._feed = settings, discovery, index, feed
         self._probe: Probe | None = None

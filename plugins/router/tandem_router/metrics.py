@@ -31,6 +31,7 @@ class RouterMetrics:
         self._active = Gauge("tandem_router_active_requests", "Requests in flight.", registry=self._registry)
         by_worker = ["worker", "what"]
         self._feed = Gauge("tandem_router_feed", "KV-event feed: counts since its start.", by_worker, registry=self._registry)
+        self._replica = Gauge("tandem_router_replica", "Other routers, as heard of.", ["replica", "what"], registry=self._registry)
         self._load = Gauge("tandem_router_worker_load", "Load in the router's books.", by_worker, registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -75,6 +76,12 @@ class RouterMetrics:
             self._load.labels(worker, what).set(value)
         for worker, what, value in feed:
             self._feed.labels(worker, what).set(value)
+
+    def replicas(self, figures: Iterable[tuple[str, str, float]]) -> None:
+        """Sets what is read off the replicas at each scrape; those that left disappear."""
+        self._replica.clear()
+        for replica, what, value in figures:
+            self._replica.labels(replica, what).set(value)
 
     def exposition(self) -> bytes:
         """The text format."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import uvloop
 
 from tandem_protocol.cancellation import CancelPoll
-from tandem_protocol.discovery import open_discovery
+from tandem_protocol.discovery import open_collection, open_discovery
 from tandem_protocol.errors import ConfigError, RequestCancelledError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.routers import RouterRecord
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_router.admin import AdminServer
 from tandem_router.answers import query_answer
@@ -34,6 +35,7 @@ from tandem_router.overrides import Overrides
 from tandem_router.placement import RouteRequest
 from tandem_router.probe import EventProbe
 from tandem_router.prompts import Prompts, block_keys, load_tokenizer, lora_of
+from tandem_router.replicas import Alone, Replicas, Sharing
 
 log = logging.getLogger(__name__)
 
@@ -120,10 +122,12 @@ class Router:
     async def _open(self) -> None:
         self.connections = Connections()
         self._discovery = open_discovery(self.settings.discovery)
-        self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed)
+        self.replicas = self._sharing()
+        self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed, replica=self.name, publish=self.replicas.publish)
         self._dispatcher = Dispatcher(self.fleet, self.connections, self.settings, self.metrics)
         self.fleet.start(EventProbe(self.connections, self.index, lambda: self.fleet.generating.block_size, self.name))
         self._preparing = asyncio.create_task(self._prepare())
+        self._joining = asyncio.create_task(self._join_replicas())
         self._admin = AdminServer(self)
         if self.settings.router_admin_port:
             await self._admin.start(self.settings.router_admin_host, self.settings.router_admin_port + self._instance)
@@ -133,7 +137,9 @@ class Router:
             self._cancel(active, UnavailableError("the router is shutting down: retry on another one"))
         await asyncio.gather(*(active.task for active in self._active.values() if active.task), return_exceptions=True)
         self._preparing.cancel()
+        self._joining.cancel()
         await self._admin.stop()
+        await self.replicas.close()
         await self.fleet.close()
         await self._discovery.close()
         await self.connections.close()
@@ -187,12 +193,28 @@ class Router:
 
     async def _prepare(self) -> Prompts:
         """Loads the tokenizer as soon as the model is known, which may take half a minute: no request should wait for it."""
-        while not (self.settings.router_tokenizer or self.fleet.model):
-            self.fleet.changed.clear()
-            await self.fleet.changed.wait()
+        if not self.settings.router_tokenizer:
+            await self._model_known()
         prompts = Prompts(await asyncio.to_thread(load_tokenizer, self.settings.router_tokenizer or self.fleet.model))
         self._prepared = True
         return prompts
+
+    async def _join_replicas(self) -> None:
+        """Routers are replicas only of those that serve the same model."""
+        await self._model_known()
+        await self.replicas.start(self.fleet.model, (pool.books for pool in self.fleet.pools.values()))
+
+    async def _model_known(self) -> None:
+        while not self.fleet.model:
+            self.fleet.changed.clear()
+            await self.fleet.changed.wait()
+
+    def _sharing(self) -> Sharing:
+        settings = self.settings
+        if not settings.router_replica_sync:
+            return Alone()
+        port = settings.router_replica_port and settings.router_replica_port + 2 * self._instance
+        return Replicas(self.name, settings.router_replica_host, port, open_collection(settings.discovery, RouterRecord))
 
     async def _some_worker(self) -> None:
         try:

@@ -30,6 +30,8 @@ def request_message(model: str, request: GenerationRequest, timeout_us: int = 0)
         message.inputs.add(name=name, datatype=_INPUT_TYPES[name], shape=list(array.shape))
         message.raw_input_contents.append(_raw(array))
     message.parameters["triton_enable_empty_final_response"].bool_param = True
+    for name, value in request.trace.items():
+        message.parameters[name].string_param = value
     if timeout_us:
         message.parameters["timeout"].int64_param = timeout_us
     return message
