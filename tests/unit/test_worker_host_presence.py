@@ -96,3 +96,19 @@ def test_a_presence_that_fails_to_leave_does_not_stop_the_shutdown(host: EngineH
     monkeypatch.setattr(presence, "leave", fail)
     host.shutdown()
     assert host.state is WorkerState.STOPPED
+
+
+def test_an_unwell_worker_is_not_placed_until_it_is_well(host: EngineHost) -> None:
+    """As its canary says; a worker that drains is not made ready again by it."""
+    presence = announce(host)
+    for reason in ("late", "later", None):
+        host._loop.call_soon_threadsafe(host.judge, reason)
+        assert host.run(_status(host)).result(WAIT_S) == ("unwell" if reason else "ready", reason)
+    host.run(host.drain(1)).result(WAIT_S)
+    host._loop.call_soon_threadsafe(host.judge, "late")
+    assert host.run(_status(host)).result(WAIT_S) == ("draining", None)
+    assert presence.told == ["ready", "unwell", "ready", "draining"]
+
+
+async def _status(host: EngineHost) -> tuple[str, str | None]:
+    return host.status().state.value, host.status().reason

@@ -7,7 +7,7 @@ nothing of the engine is touched before that.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Envelope:
     parameters: Mapping[str, Any]
     priority: int = 0
     timeout_us: int = 0
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class GenerationRequest:
     handoff: dict[str, Any] | None
     priority: int
     timeout_s: float | None
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace headers (`trace`); empty without a trace."""
 
 
 def parse_request(read: TensorReader, envelope: Envelope, role: Role) -> GenerationRequest:
@@ -60,6 +63,7 @@ def parse_request(read: TensorReader, envelope: Envelope, role: Role) -> Generat
         handoff=_handoff(read) if role is Role.DECODE else None,
         priority=envelope.priority,
         timeout_s=envelope.timeout_us / 1e6 if envelope.timeout_us > 0 else None,
+        trace=envelope.trace,
     )
 
 

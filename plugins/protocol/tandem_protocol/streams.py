@@ -7,6 +7,7 @@ means fewer and larger responses, never a growing queue: each stream holds at mo
 holds each stream at most once.
 """
 
+import contextvars
 import logging
 import queue
 import threading
@@ -59,6 +60,7 @@ class ResponseStream:
         self._ended = False
         self._queued = False
         self._closed = False
+        self._context = contextvars.copy_context()  # so that the sender's logs name the request, too
 
     @property
     def outcome(self) -> str:
@@ -108,11 +110,15 @@ class ResponseStream:
             ended = True
             self.sink.fail(exc)
         except Exception as exc:  # an encoder's bug must end this stream, not the sender of all streams
-            log.exception("response.encode_failed")
+            self.log_exception("response.encode_failed")
             ended = True
             self.sink.fail(EngineError(f"the response could not be encoded: {exc}"))
         finally:
             self._closed = ended
+
+    def log_exception(self, event: str) -> None:
+        """Logs the exception that is being handled as one of this request."""
+        self._context.copy().run(log.exception, event)
 
 
 class Outbox:
@@ -137,4 +143,4 @@ class Outbox:
             try:
                 stream.flush()
             except Exception:  # the sink itself failed: Triton has closed this stream, the others go on
-                log.exception("response.send_failed")
+                stream.log_exception("response.send_failed")

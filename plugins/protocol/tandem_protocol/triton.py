@@ -4,9 +4,9 @@
 Triton calls a model on the stub's main thread; responses are sent from the outbox's thread.
 """
 
+import contextvars
 import json
 import logging
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +14,12 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from tandem_protocol import logs
 from tandem_protocol.errors import ErrorCode, RequestError, TandemError
 from tandem_protocol.requests import Envelope
 from tandem_protocol.streams import Arrays
 from tandem_protocol.tensors import TensorSpec
+from tandem_protocol.trace import split_trace
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +63,30 @@ def read_tensor(request: Any, name: str) -> Any:
 
 
 def envelope(request: Any, parameters: Mapping[str, Any]) -> Envelope:
-    """What Triton says of a request besides its tensors, with an id of ours where the client gave none."""
+    """What Triton says of a request besides its tensors, with an id of ours where the client gave none; logs are about it from now on."""
     # Triton hands its request priority to Python models only in versions that have this method.
     priority = int(request.priority()) if hasattr(request, "priority") else 0
-    return Envelope(request.request_id() or uuid.uuid4().hex, parameters, priority, request.timeout())
+    request_id = request.request_id() or uuid.uuid4().hex
+    trace, own = split_trace(parameters)
+    logs.bind(request_id, trace)
+    return Envelope(request_id, own, priority, request.timeout(), trace)
 
 
 def take_all(requests: Iterable[Any], take: Callable[[Any, "TritonSink"], None]) -> None:
     """Hands every request of a batch over with its sink; what `take` raises is that request's answer and disturbs no other."""
     for request in requests:
-        sink = TritonSink(request.get_response_sender())
-        try:
-            take(request, sink)
-        except TandemError as exc:
-            sink.fail(exc)
-        except Exception as exc:  # one request's oddity must not fail the others of this batch
-            log.exception("request.rejected")
-            sink.fail(RequestError(f"the request could not be read: {exc}"))
+        contextvars.copy_context().run(_take, request, take)  # what is bound for one request's logs is not about the next
+
+
+def _take(request: Any, take: Callable[[Any, "TritonSink"], None]) -> None:
+    sink = TritonSink(request.get_response_sender())
+    try:
+        take(request, sink)
+    except TandemError as exc:
+        sink.fail(exc)
+    except Exception as exc:  # one request's oddity must not fail the others of this batch
+        log.exception("request.rejected")
+        sink.fail(RequestError(f"the request could not be read: {exc}"))
 
 
 def load_failure(error: TandemError) -> Exception:
@@ -86,14 +95,11 @@ def load_failure(error: TandemError) -> Exception:
 
 
 def configure_logging(model_name: str, *packages: str) -> None:
-    """Sends our packages' logs to stderr, which is tritonserver's log."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [{model_name}] %(name)s %(message)s"))
-    for name in (*packages, "tandem_protocol"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    """Sends our packages' logs to stderr, which is tritonserver's log. A wrong level ends the load."""
+    try:
+        logs.configure(model_name, *packages)
+    except TandemError as exc:
+        raise load_failure(exc) from exc
 
 
 class TritonSink:

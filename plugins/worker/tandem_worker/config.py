@@ -13,6 +13,7 @@ from tandem_protocol.discovery import check_url
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 from tandem_protocol.settings import parse_bool, parse_float, parse_int, parse_words, resolve, setting
+from tandem_worker.canary import parse_payload
 
 TRITON_PARAMETERS = frozenset({"FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"})
 """Parameters that belong to Triton's Python backend."""
@@ -123,6 +124,30 @@ class WorkerSettings:
     server_exit_timeout_s: float = setting(
         env="TANDEM_SERVER_EXIT_TIMEOUT_S", default=30.0, parse=parse_float(1, 86_400), unit="s",
         help="After an engine or stub died, how long tritonserver may take to exit before it is killed, so that a supervisor restarts it.",
+    )
+    hang_timeout_s: float = setting(
+        env="TANDEM_HANG_TIMEOUT_S", default=30.0, parse=parse_float(0, 86_400), unit="s",
+        help="An engine that has work but neither steps nor computes for this long hangs: its requests fail, the server exits. 0: never.",
+    )
+    step_timeout_s: float = setting(
+        env="TANDEM_STEP_TIMEOUT_S", default=300.0, parse=parse_float(1, 86_400), unit="s",
+        help="A step may take this long while it computes, as the first on a slow CPU does; then it hangs, too. vLLM's own bound.",
+    )
+    health_check_enabled: bool = setting(
+        env="DYN_HEALTH_CHECK_ENABLED", default=False, parse=parse_bool,
+        help="Send a request of one token to an idle engine, and be unready while it is not answered. Off: an idle engine stays untouched.",
+    )
+    canary_wait_time: float = setting(
+        env="DYN_CANARY_WAIT_TIME", default=10.0, parse=parse_float(0.1, 86_400), unit="s",
+        help="How long a worker is idle before a canary, and the time between two.",
+    )
+    health_check_request_timeout: float = setting(
+        env="DYN_HEALTH_CHECK_REQUEST_TIMEOUT", default=3.0, parse=parse_float(0.1, 86_400), unit="s",
+        help="A canary that takes longer makes the worker unready until it is answered; it stays in the engine, so that a hang shows.",
+    )
+    health_check_payload: str = setting(
+        env="DYN_HEALTH_CHECK_PAYLOAD", default="", parse=parse_payload,
+        help="JSON: `prompt` or `token_ids`, perhaps `sampling_options`, `stop_conditions`. Unset: `Test`, or BOS for workers of ids only.",
     )
     max_queued_requests: int = setting(
         env="TANDEM_MAX_QUEUED_REQUESTS", default=4096, parse=parse_int(1, 1_000_000), unit="requests",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment that vLLM and its processes need, which must be set before vLLM is imported."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -15,6 +16,12 @@ OVERRIDABLE = {
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
 }
 """Variables that a worker sets unless its environment has them already."""
+
+
+def overridable(settings: WorkerSettings) -> dict[str, str]:
+    """OVERRIDABLE, and who this worker is to an object store of KV blocks: the same after a restart, in letters that buckets allow."""
+    host = re.sub(r"[^a-z0-9]+", "-", socket.gethostname().lower()).strip("-") or "host"
+    return {**OVERRIDABLE, "TANDEM_KVBM_WORKER_ID": f"{host}-{settings.worker_index}"}
 
 
 def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, scratch: Path) -> dict[str, str]:

@@ -64,6 +64,17 @@ class Generator:
         finally:
             await leg.release()
 
+    async def canary(self, request: GenerationRequest) -> None:
+        """Generates for nobody, on this engine alone: whatever the role, nothing is handed off or pulled. Raises what the engine raises."""
+        params = self._generation_params(parse_sampling(request.sampling), request, 1)
+        await _Leg(self, request).run(self._prompt(request), params, None, DEFAULT_PRIORITY, None)
+
+    @property
+    def bos(self) -> int | None:
+        """The model's own first token, if it has one."""
+        token = getattr(self.engine.model_config.hf_text_config, "bos_token_id", None)
+        return int(token) if isinstance(token, int) else None
+
     async def _run(self, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
         sampling = parse_sampling(request.sampling)
@@ -126,13 +137,17 @@ class _Leg:
     def __init__(self, generator: Generator, request: GenerationRequest) -> None:
         self.request = request
         self._engine = generator.engine
+        self._load = generator.load
         self._unclaimed = request.handoff
+        traced = generator.engine.vllm_config.observability_config.otlp_traces_endpoint is not None
+        self._trace = (request.trace or None) if traced else None  # vLLM warns about headers that it has no use for
 
     async def run(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None, priority: int,
                   stream: ResponseStream | None) -> None:
         """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled."""
         adding = asyncio.ensure_future(
-            self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority)
+            self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority,
+                                     trace_headers=self._trace)
         )
         try:
             collector = await asyncio.shield(adding)
@@ -143,6 +158,7 @@ class _Leg:
             await self._engine.abort(collector.request_id, internal=True)
             raise
         self._unclaimed = None
+        self._load.in_engine += 1
         try:
             finished = False
             while not finished:
@@ -154,6 +170,7 @@ class _Leg:
             await self._engine.abort(collector.request_id, internal=True)
             raise
         finally:
+            self._load.in_engine -= 1
             collector.close()
 
     async def release(self) -> None:

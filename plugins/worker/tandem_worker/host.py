@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_worker.config import WorkerSettings
 from tandem_worker.generation import Generator
+from tandem_worker.heartbeat import HangWatch, Heartbeat
 from tandem_worker.registration import Presence, Unregistered
+from tandem_worker.stacks import dump_stacks, engine_cpu_s
 from tandem_worker.status import WorkerState, WorkerStatus
 from tandem_worker.tiers import ask_tiers
 
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
 _STOP_TIMEOUT_S = 10.0
+_DUMP_S = 1.0
+"""Between the request for stacks and the end of who prints them; also a supervisor's chance to see the reason on `/live`."""
 _ENGINE_STOP_TIMEOUT_S = 3.0
 """An idle engine has nothing to save; vLLM kills what does not exit by then."""
 
@@ -47,16 +52,22 @@ class _Active:
 class EngineHost:
     """Serves requests on one engine until `shutdown`."""
 
-    def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None]) -> None:
+    def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None],
+                 engine_cpu_s: Callable[[], float] = engine_cpu_s) -> None:
         self.generator = generator
         self.settings = settings
         self._state = WorkerState.STARTING
+        self._reason: str | None = None
         self._presence: Presence = Unregistered()
         self._on_engine_death = on_engine_death
+        heartbeat = Heartbeat(settings.hang_timeout_s, settings.step_timeout_s)
+        self._hang_watch = HangWatch(heartbeat, generator.load, engine_cpu_s, self._hangs)
         self._outbox = Outbox()
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
+        self._watches: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
+        self._idle_since = time.monotonic()
         self._stopping = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="tandem-loop", daemon=True)
@@ -97,7 +108,21 @@ class EngineHost:
         """A snapshot for the admin server."""
         load = self.generator.load
         return WorkerStatus(state=self.state, role=self.settings.effective_role, active=len(self._active), running=load.running,
-                            waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s, registration=self._presence.status)
+                            waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s, registration=self._presence.status,
+                            reason=self._reason)
+
+    def idle_s(self) -> float:
+        """For how long no request has been in flight."""
+        return 0.0 if self._active else time.monotonic() - self._idle_since
+
+    def judge(self, reason: str | None) -> None:
+        """Takes why the worker is unwell, or None when it is well again; says nothing of a worker in another state. On the event loop."""
+        wanted = WorkerState.READY if reason is None else WorkerState.UNWELL
+        if self.state not in {WorkerState.READY, WorkerState.UNWELL}:
+            return
+        self._reason = reason
+        if self.state is not wanted:
+            self.state = wanted
 
     async def abort(self, request_id: str, error: TandemError | None = None) -> int:
         """Aborts every request in flight with this client request id; returns how many there were."""
@@ -108,7 +133,7 @@ class EngineHost:
 
     async def drain(self, timeout_s: float) -> int:
         """Stops taking requests, waits for those in flight, and aborts what is left; returns how many were aborted."""
-        if self.state is WorkerState.READY:
+        if self.state in {WorkerState.READY, WorkerState.UNWELL}:
             self.state = WorkerState.DRAINING
         try:
             async with asyncio.timeout(timeout_s):
@@ -139,6 +164,7 @@ class EngineHost:
         self._poll.stop()
         self._outbox.close(_STOP_TIMEOUT_S)
         self.generator.engine.shutdown(timeout=_ENGINE_STOP_TIMEOUT_S)
+        self.run(self._end_watches()).result(_STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
 
@@ -160,6 +186,7 @@ class EngineHost:
         if refusal is not None:
             stream.fail(refusal)
             return
+        log.debug("request.accepted active=%d", len(self._active))
         key = next(self._keys)
         active = self._active[key] = _Active(request, stream)
         self._idle.clear()
@@ -170,7 +197,7 @@ class EngineHost:
         if self.state is WorkerState.DEAD:
             return UnavailableError("the engine of this worker died: retry on another worker or after its restart")
         if self.state is not WorkerState.READY:
-            return UnavailableError(f"the worker is {self.state}: retry on another worker")
+            return UnavailableError(f"the worker is {self.state}: retry on another worker{f' ({self._reason})' if self._reason else ''}")
         if len(self._active) >= self.settings.max_queued_requests:
             return UnavailableError(f"the worker already holds {len(self._active)} requests (TANDEM_MAX_QUEUED_REQUESTS): retry later")
         return None
@@ -182,7 +209,9 @@ class EngineHost:
         elif (exc := task.exception()) is not None:
             log.error("request.task_failed", exc_info=exc)
             active.stream.fail(UnavailableError(f"the worker failed on this request: {exc}"))
+        log.debug("request.ended outcome=%s", active.stream.outcome)
         if not self._active:
+            self._idle_since = time.monotonic()
             self._idle.set()
 
     def _cancel(self, active: _Active, error: TandemError) -> None:
@@ -194,14 +223,40 @@ class EngineHost:
         self._loop.call_soon_threadsafe(self._cancel, active, RequestCancelledError("the client went away"))
 
     async def _start_watch(self) -> None:
-        self._watch = asyncio.create_task(self._watch_engine())
+        self._watches.append(asyncio.create_task(self._watch_engine()))
+        if self.settings.hang_timeout_s > 0:
+            self._watches.append(asyncio.create_task(self._hang_watch.run()))
+
+    async def _end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
 
     async def _watch_engine(self) -> None:
         """vLLM fails the requests in flight itself when its engine dies; an idle worker must notice too."""
         while not self.generator.engine.errored:  # noqa: ASYNC110 - vLLM offers a flag, no event
             await asyncio.sleep(_WATCH_INTERVAL_S)
-        if self._stopping or self.state is WorkerState.STOPPED:
+        if self._lost:
             return
         self.state = WorkerState.DEAD
         log.error("engine.died: in-flight requests get UNAVAILABLE and the server exits")
+        self._on_engine_death()
+
+    @property
+    def _lost(self) -> bool:
+        """Whether the engine's end, if it comes now, is no news."""
+        return self._stopping or self.state in {WorkerState.DEAD, WorkerState.HUNG, WorkerState.STOPPED}
+
+    async def _hangs(self, reason: str) -> None:
+        """Fails what is in flight, so that it moves to other workers; prints stacks; ends the server, as for a death."""
+        if self._lost:
+            return
+        self._reason = reason
+        self.state = WorkerState.HUNG
+        log.error("engine.hangs: %s; requests in flight get UNAVAILABLE and the server exits", reason)
+        for active in tuple(self._active.values()):
+            self._cancel(active, UnavailableError(f"{reason}: retry on another worker or after its restart"))
+        for process in await asyncio.to_thread(dump_stacks):
+            log.error("engine.process %s", process)
+        await asyncio.sleep(_DUMP_S)
         self._on_engine_death()

@@ -18,11 +18,16 @@ class EngineLoad:
     waiting: int = 0
     kv_usage: float = 0.0
     step_s: float = 0.0
+    steps: int = 0
+    """Steps that the engine has told of since its start: its pulse."""
+    in_engine: int = 0
+    """Requests that were handed to the engine and have not ended; counted by whoever hands them over."""
     now: Callable[[], float] = time.monotonic
     _last_step: float = field(default=0.0, repr=False)
 
     def record(self, scheduler_stats: Any | None, generated_tokens: int) -> None:
         """Takes one engine step's statistics; a step that generated tokens also updates the step time."""
+        self.steps += 1
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs

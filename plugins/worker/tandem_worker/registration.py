@@ -31,6 +31,7 @@ _ANY_ADDRESS = frozenset({"", "*", "0.0.0.0", "::", "[::]"})  # noqa: S104 - com
 _STATES = {
     WorkerState.STARTING: workers.WorkerState.STARTING,
     WorkerState.READY: workers.WorkerState.READY,
+    WorkerState.UNWELL: workers.WorkerState.STARTING,
     WorkerState.DRAINING: workers.WorkerState.DRAINING,
 }
 """A worker in any other state is not known in discovery."""

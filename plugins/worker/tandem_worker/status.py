@@ -13,8 +13,12 @@ class WorkerState(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    UNWELL = "unwell"
+    """A canary request was late or failed (`canary`); the next good one makes it ready again."""
     DRAINING = "draining"
     DEAD = "dead"
+    HUNG = "hung"
+    """The engine lives but does nothing (`heartbeat`); the server is about to exit."""
     STOPPED = "stopped"
 
 
@@ -35,6 +39,8 @@ class WorkerStatus:
     step_s: float
     registration: str | None = None
     """Whether discovery holds this worker; None, and absent in `/health`, without discovery."""
+    reason: str | None = None
+    """Why it is not ready, where there is more to say than the state; absent in `/health` otherwise."""
 
     def as_json(self, model: str) -> dict[str, Any]:
         """The body of `/health`."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Assembles a worker: guard, environment, engine, host, admin server; and takes it apart again, in that order reversed."""
 
+import functools
 import json
 import logging
 import os
@@ -10,19 +11,24 @@ import subprocess
 import tempfile
 import time
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from tandem_protocol import logs
 from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import ConfigError
 from tandem_worker.admin import AdminServer
+from tandem_worker.canary import Canary, Patience, canary_request
 from tandem_worker.config import WorkerSettings
-from tandem_worker.environment import OVERRIDABLE, engine_environment
+from tandem_worker.environment import engine_environment, overridable
 from tandem_worker.guard import Ward, say_goodbye, start_guard
 from tandem_worker.host import EngineHost
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 from tandem_worker.shared_memory import sweep_host_tiers
+from tandem_worker.stacks import engine_cpu_s
+from tandem_worker.triton_models import TritonModels
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +49,22 @@ class Worker:
         self._scratch = Path(tempfile.mkdtemp(prefix="tandem-"))
         self._guard: subprocess.Popen[bytes] | None = None
         self._admin: AdminServer | None = None
+        self._canary: Future[None] | None = None
+        self._triton_models = TritonModels(settings.grpc_url)
 
     def start(self) -> EngineHost:
         """Starts everything; blocks until the engine answers. Raises ConfigError with a sentence that says the fix."""
         started = time.monotonic()
         token = uuid.uuid4().hex
-        for name, value in OVERRIDABLE.items():
+        for name, value in overridable(self.settings).items():
             os.environ.setdefault(name, value)
+        os.environ.update(self._engine_logging())
         os.environ.update(engine_environment(self.settings, token=token, stub_pid=os.getpid(), scratch=self._scratch))
         self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
         self.host = self._build_host()
         self.host.start()
+        if self.settings.health_check_enabled:
+            self._canary = self.host.run(self._watch_with_canary(self.host))
         admin_port = self._start_admin(self.host) if self.settings.effective_admin_port >= 0 else -1
         if self.settings.discovery:
             self.host.run(self._announce(self.host, token, admin_port)).result(_ANNOUNCE_TIMEOUT_S)
@@ -64,11 +75,18 @@ class Worker:
         """Drains within its bound, shuts the engine down, removes what is left."""
         if self.host is not None:
             if self._admin is not None:
-                self.host.run(self._admin.stop()).result(_ADMIN_TIMEOUT_S)
+                self.host.run(self._stop_admin(self._admin)).result(_ADMIN_TIMEOUT_S)
+            if self._canary is not None:
+                self._canary.cancel()
             self.host.shutdown()
         if self._guard is not None:
             say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _engine_logging(self) -> dict[str, str]:
+        """vLLM's lines have our format and its own filter, unless its own variables say otherwise."""
+        variables = logs.engine_variables(logs.load_settings(), self._scratch / "logging.json")
+        return {name: value for name, value in variables.items() if name not in os.environ}
 
     def _build_host(self) -> EngineHost:
         # vLLM reads its environment on import, so it may be imported only now.
@@ -86,7 +104,8 @@ class Worker:
         load = EngineLoad()
         adapters = load_adapters(self._model_dir)
         engine = build_engine(arguments, load)
-        return EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server)
+        cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
+        return EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server, cpu_s)
 
     def _given_arguments(self) -> dict[str, Any]:
         path = self._model_dir / "model.json"
@@ -101,10 +120,24 @@ class Worker:
         return given
 
     def _start_admin(self, host: EngineHost) -> int:
-        self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s)
+        self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states)
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
         return int(port)
+
+    async def _stop_admin(self, admin: AdminServer) -> None:
+        await admin.stop()
+        await self._triton_models.close()
+
+    async def _watch_with_canary(self, host: EngineHost) -> None:
+        """Until cancelled."""
+        settings, generator = self.settings, host.generator
+
+        async def send() -> None:
+            await generator.canary(canary_request(settings.health_check_payload, takes_text=settings.use_vllm_tokenizer, bos=generator.bos))
+
+        patience = Patience(settings.canary_wait_time, settings.health_check_request_timeout, settings.step_timeout_s)
+        await Canary(send, host.idle_s, host.judge, patience).run()
 
     async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
@@ -113,6 +146,6 @@ class Worker:
         host.announce(RegisteredPresence(open_discovery(self.settings.discovery), record))
 
     def _end_server(self) -> None:
-        """A server whose engine died is useless until restarted, and only its supervisor can do that."""
-        log.error("server.exit reason=engine_died pid=%d", self._server_pid)
+        """A server whose engine died or hangs is useless until restarted, and only its supervisor can do that."""
+        log.error("server.exit reason=engine_lost pid=%d", self._server_pid)
         os.kill(self._server_pid, signal.SIGTERM)

@@ -2,9 +2,9 @@
 """`python -m tandem_worker.mock`: mock vLLM workers in one process."""
 
 import asyncio
-import logging
 import sys
 
+from tandem_protocol import logs
 from tandem_protocol.errors import ConfigError
 from tandem_worker.mock.options import parse
 from tandem_worker.mock.server import run
@@ -12,8 +12,8 @@ from tandem_worker.mock.server import run
 
 def main() -> int:
     """Runs until SIGTERM; exits with 2 for a wrong setting."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
+        logs.configure("mock", "tandem_worker")
         asyncio.run(run(parse()))
     except ConfigError as exc:
         sys.stderr.write(f"tandem mock: {exc}\n")

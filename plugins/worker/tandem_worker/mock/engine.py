@@ -68,6 +68,10 @@ class MockEngine:
         """Requests not in the batch: queued, preempted, or waiting for their KV."""
         return len(self._waiting) + len(self._transferring) + len(self._arrived)
 
+    def decode_step_s(self, sequences: int) -> float:
+        """Seconds of a step in which so many sequences decode, their contexts left out."""
+        return self._timing.seconds(BatchShape(decode_sequences=sequences))
+
     @property
     def held_handoffs(self) -> int:
         """Finished prefills whose blocks wait for a decode worker."""

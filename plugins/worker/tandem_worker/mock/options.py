@@ -30,6 +30,8 @@ class MockOptions:
     """Of the first worker's PUB socket, its replay socket is the next, and so on; 0 for any free ones."""
     events: bool = True
     discovery: str = ""
+    response_rate: int = 0
+    """Responses per second over all streams of a worker, beyond which tokens share responses as in a real one; 0 for no bound."""
     die_after: int = 0
     die_worker: int = 0
 
@@ -37,8 +39,8 @@ class MockOptions:
 def parse(argv: Sequence[str] | None = None) -> MockOptions:
     """Reads the command line. Raises ConfigError for settings that can't be."""
     given = _parser().parse_args(argv)
-    if given.workers < 1:
-        raise ConfigError("--workers must be at least 1")
+    if given.workers < 1 or given.response_rate < 0:
+        raise ConfigError("--workers must be at least 1 and --response-rate at least 0")
     engine = EngineSettings(
         role=Role(given.role), block_size=given.block_size, total_blocks=given.blocks, max_num_seqs=given.max_num_seqs,
         max_num_batched_tokens=given.max_num_batched_tokens, max_model_len=given.max_model_len, watermark=given.watermark,
@@ -46,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> MockOptions:
     )
     timing = load_profile(given.profile, given.speedup) if given.profile else StepTiming(speedup=given.speedup)
     return MockOptions(engine, timing, given.workers, given.name, given.model, given.host, given.grpc_port, given.admin_port,
-                       given.event_port, given.events, given.discovery, given.die_after, given.die_worker)
+                       given.event_port, given.events, given.discovery, given.response_rate, given.die_after, given.die_worker)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     process.add_argument("--event-port", type=int, default=0, help="first of two per worker (PUB, replay); 0 for any")
     process.add_argument("--no-events", dest="events", action="store_false", help="publish no KV events")
     process.add_argument("--discovery", default="", help="where to register: file:/folder, etcd://host:port; nowhere if empty")
+    process.add_argument("--response-rate", type=int, default=0, help="responses/s, as TANDEM_RESPONSE_RATE of a worker; 0 for no bound")
     faults.add_argument("--die-after", type=int, default=0, help="a worker dies once it has generated so many tokens; 0 for never")
     faults.add_argument("--die-worker", type=int, default=0, help="which worker that is")
     return parser

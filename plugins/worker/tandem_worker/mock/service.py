@@ -114,10 +114,12 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         encoder, empty_final = GenerationEncoder(request, n=1), wire.wants_empty_final(message)
         whole: list[MockOutput] = []
         async with self._handoff_of(request) as release, contextlib.aclosing(worker.generate(request)) as outputs:
+            interval = 0  # the first token never waits
             async for output in outputs:
                 await release()  # the first token means that the blocks have arrived
                 whole.append(output)
-                if request.stream or output.finished:
+                if output.finished or (request.stream and sum(len(part.outputs[0].token_ids) for part in whole) >= interval):
+                    interval = worker.stream_interval
                     arrays = encoder.encode(joined(whole))
                     await stream.write(wire.response(message, arrays, final=output.finished and not empty_final))
                     whole.clear()

@@ -19,6 +19,7 @@ from tandem_worker.mock.answers import Answer, MockOutput, max_tokens_of, prompt
 from tandem_worker.mock.engine import MockEngine
 from tandem_worker.mock.publisher import EventPublisher
 from tandem_worker.mock.sequences import EngineRequest, StepResult
+from tandem_worker.pacing import stream_interval
 
 _TIMED_OUT = "the request's own timeout ended: allow more time or send it when there is less load"
 
@@ -30,8 +31,9 @@ class WorkerDiedError(UnavailableError):
 class MockWorker:
     """One engine, its clock and its requests. Resource handling: `start` begins, `close` or `kill` ends."""
 
-    def __init__(self, name: str, worker_id: str, engine: MockEngine, publisher: EventPublisher | None, die_after: int = 0) -> None:
-        """`die_after`: dies once it has generated so many tokens, never for 0."""
+    def __init__(self, name: str, worker_id: str, engine: MockEngine, publisher: EventPublisher | None, die_after: int = 0,
+                 response_rate: int = 0) -> None:
+        """`die_after`: dies once it has generated so many tokens, never for 0; `response_rate` as in MockOptions."""
         self.name = name
         self.id = worker_id
         self.engine = engine
@@ -41,6 +43,7 @@ class MockWorker:
         self.late_s = 0.0
         """How far the steps began behind their time, in sum: above 0 the host is too slow for this speedup."""
         self._die_after = die_after
+        self._response_rate = response_rate
         self._answers: dict[str, Answer] = {}
         self._by_client_id: dict[str, list[str]] = {}
         self._numbers = itertools.count()
@@ -108,6 +111,14 @@ class MockWorker:
             await asyncio.wait([self._task])
         if self.publisher is not None:
             await self.publisher.close()
+
+    @property
+    def stream_interval(self) -> int:
+        """Tokens per response as a real worker paces them, with the streams that there are now."""
+        if not self._response_rate:
+            return 1
+        streams = len(self._answers)
+        return stream_interval(streams, self.engine.decode_step_s(streams), self._response_rate)
 
     def wake(self) -> None:
         """Has the engine look for work: after anything that was done to it from outside."""

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells an engine that hangs from one that is slow.
+
+The pulse of an engine is its steps: vLLM hands out statistics after each, with or without tokens. Work without steps is suspicious,
+but no proof: a long prompt on few cores, or a kernel that is being compiled, is one long step. Such a step uses processor time, a
+hang does not. So the engine hangs when it had work and for `hang_timeout_s` neither stepped nor computed, or when one step took
+longer than `step_timeout_s` whatever it did. On a GPU the engine's own processes spin while they wait for the device, so there only
+the time of compilers counts (`stacks.engine_cpu_s`).
+
+Runs on the worker's event loop; its own lateness (a busy loop, a stub that was stopped) is not held against the engine.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from tandem_worker.load import EngineLoad
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+_LONGEST_LOOK_S = 2 * INTERVAL_S
+"""What one look may add to a silence: if more time passed, it was we who slept."""
+_COMPUTING_SHARE = 0.1
+"""Of one core. Waiting processes of a CPU engine use 0.01 to 0.05 (`resting`); one that computes and is starved by 10 others, 0.1."""
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """One look at the engine: seconds on a monotonic clock, steps since its start, requests in it, and its processes' CPU seconds."""
+
+    now: float
+    steps: int
+    in_engine: int
+    cpu_s: float
+
+
+class Heartbeat:
+    """Judges one look after another; decides only, touches nothing."""
+
+    def __init__(self, hang_timeout_s: float, step_timeout_s: float) -> None:
+        self._hang_timeout_s = hang_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._last: Pulse | None = None
+        self._silent_s = 0.0
+        self._stepless_s = 0.0
+
+    def stands_still(self, steps: int, in_engine: int) -> bool:
+        """Whether there is work and no step since the last look, so that processor time matters."""
+        return self._last is not None and in_engine > 0 and steps == self._last.steps
+
+    def look(self, pulse: Pulse) -> str | None:
+        """A sentence if the engine hangs, else None."""
+        last, self._last = self._last, pulse
+        if last is None or pulse.steps != last.steps:
+            self._silent_s = self._stepless_s = 0.0
+        elif pulse.in_engine > 0:  # without work the silence pauses, so that clients who give up and retry don't restart it
+            self._count(min(pulse.now - last.now, _LONGEST_LOOK_S), pulse.cpu_s - last.cpu_s)
+        return self._verdict(pulse.in_engine)
+
+    def _count(self, elapsed_s: float, cpu_s: float) -> None:
+        self._stepless_s += elapsed_s
+        self._silent_s = 0.0 if cpu_s > _COMPUTING_SHARE * elapsed_s else self._silent_s + elapsed_s
+
+    def _verdict(self, in_engine: int) -> str | None:
+        if self._silent_s >= self._hang_timeout_s:
+            return (f"the engine hangs: {in_engine} requests in it, and for {self._silent_s:.0f} s neither a step nor computation "
+                    "(TANDEM_HANG_TIMEOUT_S)")
+        if self._stepless_s >= self._step_timeout_s:
+            return f"the engine hangs: {in_engine} requests in it, and a step that took {self._stepless_s:.0f} s (TANDEM_STEP_TIMEOUT_S)"
+        return None
+
+
+class HangWatch:
+    """Looks at an engine every second until it hangs."""
+
+    def __init__(self, heartbeat: Heartbeat, load: EngineLoad, engine_cpu_s: Callable[[], float],
+                 on_hang: Callable[[str], Awaitable[None]]) -> None:
+        self._heartbeat = heartbeat
+        self._load = load
+        self._engine_cpu_s = engine_cpu_s
+        self._on_hang = on_hang
+        self._cpu_s = 0.0
+
+    async def run(self) -> None:
+        """Until the engine hangs and `on_hang` was told why."""
+        reason = None
+        while reason is None:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                reason = await self.look()
+            except Exception:  # a failed look at the processes must not end the watch
+                log.exception("heartbeat.look_failed")
+        await self._on_hang(reason)
+
+    async def look(self) -> str | None:
+        """One look; processor time is read, off the loop, only for an engine that stands still."""
+        steps, in_engine = self._load.steps, self._load.in_engine
+        if self._heartbeat.stands_still(steps, in_engine):
+            self._cpu_s = await asyncio.to_thread(self._engine_cpu_s)
+        return self._heartbeat.look(Pulse(time.monotonic(), steps, in_engine, self._cpu_s))
