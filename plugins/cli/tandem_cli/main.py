@@ -3,12 +3,14 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tandem_protocol import logs
 from tandem_protocol.errors import ConfigError, TandemError
 from tandem_protocol.version import VERSION
 
@@ -32,6 +34,7 @@ SUBCOMMANDS = {
     "generate": Subcommand("tandem_cli.generate", "answer one prompt"),
     "chat": Subcommand("tandem_cli.chat", "hold a conversation"),
     "route": Subcommand("tandem_cli.route", "explain where the router would send a prompt"),
+    "doctor": Subcommand("tandem_cli.doctor.command", "look whether this host can serve"),
     "status": Subcommand("tandem_cli.status", "show models and workers"),
 }
 
@@ -39,6 +42,7 @@ SUBCOMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code: 2 for misuse, 1 for other failures, 130 after Ctrl-C."""
     try:
+        logs.configure("tandem", "tandem_cli", default=logging.WARNING)
         return _dispatch(sys.argv[1:] if argv is None else list(argv))
     except TandemError as exc:
         print(f"tandem: {exc}", file=sys.stderr)

@@ -64,11 +64,12 @@ def check_ports(ports: Iterable[Port]) -> None:
         if port.number in seen:
             raise ConfigError(f"{port.what} and {seen[port.number].what} would share port {port.number}: set {port.option} differently")
         seen[port.number] = port
-        if not _is_free(port.number):
-            raise ConfigError(f"port {port.number} for {port.what} is in use{_owner(port.number)}: stop that, or set {port.option}")
+        if not is_free(port.number):
+            raise ConfigError(f"port {port.number} for {port.what} is in use{owner_of(port.number)}: stop that, or set {port.option}")
 
 
-def _is_free(number: int) -> bool:
+def is_free(number: int) -> bool:
+    """Whether nothing listens on this port."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -78,7 +79,8 @@ def _is_free(number: int) -> bool:
     return True
 
 
-def _owner(number: int) -> str:
+def owner_of(number: int) -> str:
+    """` by process PID (NAME)` for who listens on this port, or nothing where that can't be seen."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == number and connection.pid:
