@@ -52,6 +52,8 @@ class Job:
     output_tokens: int
     timeout_s: float
     """Bound of the warm-up, and again of the measured part."""
+    ramp_s: float = 0.0
+    """The slots start spread over this time: with equal lengths they would else stay in step, and every TTFT be that of a burst."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,20 @@ def _share(prompts: Sequence[str], index: int, count: int, slots: int) -> Iterat
 # --- in a load process ---
 
 
-async def closed_loop(stream: TokenStream, prompts: Sequence[str], concurrency: int, output_tokens: int, timeout_s: float) -> list[Trace]:
+async def closed_loop(stream: TokenStream, prompts: Sequence[str], concurrency: int, output_tokens: int, timeout_s: float,
+                      ramp_s: float = 0.0) -> list[Trace]:
     """Keeps `concurrency` requests in flight until all prompts are answered. Raises BenchmarkError on the first failure."""
     pending, traces = iter(prompts), []
 
-    async def slot() -> None:
+    async def slot(index: int) -> None:
+        await asyncio.sleep(ramp_s * index / concurrency)
         for prompt in pending:
             traces.append(await _trace(stream, prompt, output_tokens))  # noqa: PERF401 - each counts as soon as it is there
 
     try:
         async with asyncio.timeout(timeout_s), asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(prompts))):
-                group.create_task(slot())
+            for index in range(min(concurrency, len(prompts))):
+                group.create_task(slot(index))
     except TimeoutError as exc:
         raise BenchmarkError(f"only {len(traces)} of {len(prompts)} requests were answered within {timeout_s:g} s") from exc
     except ExceptionGroup as exc:
@@ -153,7 +157,7 @@ async def _run(connection: Connection, stream: TokenStream, job: Job) -> _Result
         raise BenchmarkError("called off: another load process failed while warming up")
     await asyncio.sleep(start - time.monotonic())
     cpu = time.process_time()
-    traces = await closed_loop(stream, job.prompts, job.concurrency, job.output_tokens, job.timeout_s)
+    traces = await closed_loop(stream, job.prompts, job.concurrency, job.output_tokens, job.timeout_s, job.ramp_s)
     return _Result(tuple(traces), time.process_time() - cpu)
 
 
@@ -218,6 +222,11 @@ class LoadGenerator:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The load processes."""
+        return tuple(handle.process.pid for handle in self._handles if handle.process.pid is not None)
 
     def measure(self, job: Job) -> Figures:
         """Runs one job over the processes. After a BenchmarkError the generator must not be used again."""

@@ -64,6 +64,12 @@ class Figures:
     latency_ms_p50: float
     client_cpu: float
     """Share of one core that the busiest load process used; near 1 the load generator is what was measured."""
+    ttft_ms_p99: float = math.nan
+
+    @property
+    def responses(self) -> float:
+        """Chunks with tokens, over all requests."""
+        return self.output_tok_per_s * self.wall_s / self.tokens_per_chunk
 
     def to_json(self) -> dict[str, float | None]:
         """Rounded to four significant digits; NaN, which JSON lacks, becomes null."""
@@ -89,6 +95,7 @@ def figures(traces: Sequence[Trace], client_cpu_s: Iterable[float]) -> Figures:
         tokens_per_chunk=tokens / sum(len(trace.chunks) for trace in traces),
         latency_ms_p50=1000 * percentile([trace.end_s - trace.start_s for trace in traces], 50),
         client_cpu=max(client_cpu_s, default=0.0) / wall,
+        ttft_ms_p99=1000 * percentile(ttfts, 99),
     )
 
 

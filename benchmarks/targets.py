@@ -62,21 +62,24 @@ def _openai(options: Options) -> Iterator[LoadGenerator]:
     server = "vllm.entrypoints.openai.api_server"
     command = [sys.executable, "-m", server, f"--model={options.model}", f"--host={HOST}", f"--port={port}",
                *command_flags(options.engine_arguments)]
+    url = f"http://{HOST}:{port}"
     with (
-        _server(command, options.log_dir / "openai-server.log", f"http://{HOST}:{port}", options.start_timeout_s) as url,
+        server(command, options.log_dir / "openai-server.log", f"{url}/health", options.start_timeout_s),
         LoadGenerator(OpenAIServer(url, options.model), options.clients, options.log_dir / "openai-client") as load,
     ):
         yield load
 
 
 @contextmanager
-def _server(command: list[str], log: Path, url: str, timeout_s: float) -> Iterator[str]:
-    """A server in a process group of its own, from healthy until the end of the context."""
+def server(command: list[str], log: Path, health_url: str, timeout_s: float,
+           environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process group of its own, from healthy until the end of the context. Raises BenchmarkError."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                   env=environment)
     try:
-        _await_healthy(process, f"{url}/health", timeout_s, log)
-        yield url
+        _await_healthy(process, health_url, timeout_s, log)
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
