@@ -27,6 +27,23 @@ def make_tiny_model(folder: Path) -> Path:
     return folder
 
 
+def make_lively_model(folder: Path) -> Path:
+    """As the tiny model, in float32 and with weights so large that every token depends on all before it: a wrong block shows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=64, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, dtype="float32",
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded_model() / name, folder / name)
+    return folder
+
+
 def make_lora(folder: Path) -> Path:
     """An adapter for the tiny model that changes its text: random weights, large enough to matter."""
     import torch

@@ -23,6 +23,15 @@ _TRICKLE_BYTES = 64
 KEYS = {"access_key": "test", "secret_key": "testtest", "region": "us-east-1"}
 
 
+def tier_settings(url: str, bucket: str) -> dict[str, str]:
+    """The environment of an engine whose object tier is this bucket."""
+    return {
+        "DYN_KVBM_OBJECT_ENABLED": "true", "DYN_KVBM_OBJECT_BUCKET": bucket, "DYN_KVBM_OBJECT_ENDPOINT": url,
+        "DYN_KVBM_OBJECT_REGION": KEYS["region"], "DYN_KVBM_OBJECT_ACCESS_KEY": KEYS["access_key"],
+        "DYN_KVBM_OBJECT_SECRET_KEY": KEYS["secret_key"],
+    }
+
+
 @dataclass(frozen=True)
 class S3:
     """A running endpoint."""

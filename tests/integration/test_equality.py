@@ -2,37 +2,19 @@
 """Disaggregated equals aggregated, token for token, and the KV blocks really travel."""
 
 import json
-import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from calls import Call, collect, gather_bounded, ids_of
+from prompts import BLOCK_SIZE, make_prompts
 from servers import Server
 
-BLOCK_SIZE = 32
 TIE_LOGPROB = 1e-3
 CPU_MODEL_BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 4
 """K and V, 30 layers, 3 heads of 64, float32: what SmolLM2-135M keeps per token."""
 BYTES, FAILED = "vllm:nixl_bytes_transferred_sum", "vllm:nixl_num_failed_transfers_total"
-WORDS = ("river", "stone", "lantern", "harbour", "copper", "winter", "letter", "garden", "signal", "mountain", "paper", "violin")
-
-
-def make_prompts(count: int, shortest: int, longest: int) -> list[list[int]]:
-    """Seeded prompts of `shortest` to `longest` tokens: ids of ordinary text, all different from the first block on."""
-    from transformers import AutoTokenizer
-
-    from tandem_cli.serve.embedded_model import embedded_model
-
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    rng = random.Random(7)
-    prompts = []
-    for i in range(count):
-        length = shortest + (longest - shortest) * i // max(1, count - 1)
-        text = f"Chapter {i}. " + " ".join(rng.choice(WORDS) for _ in range(longest))
-        prompts.append(list(tokenizer(text)["input_ids"][:length]))
-    return prompts
 
 
 async def parts_at_a_tie(client: Any, prompt: list[int], one: list[int], other: list[int]) -> bool:

@@ -11,6 +11,7 @@ from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.sizing import num_blocks, padded_block_bytes, plan_tiers
 from tandem_protocol.errors import ConfigError
 
+PAGE = 4096
 BLOCK = 1_474_560
 """One block of 32 tokens of SmolLM2-135M in float32."""
 
@@ -41,8 +42,8 @@ def test_a_plan_has_the_tiers_that_were_asked_for() -> None:
     assert plan.host_bytes == 135 * BLOCK
     assert plan.disk_bytes is None
     plan = plan_tiers(KvbmSettings(cpu_cache_override_num_blocks=4, disk_cache_gb=1, object_enabled=True, object_bucket="b"), BLOCK)
-    assert (plan.host_blocks, plan.disk_blocks, plan.object_blocks) == (4, 678, 0)
-    assert plan.disk_bytes == 678 * BLOCK
+    assert (plan.host_blocks, plan.disk_blocks, plan.object_blocks) == (4, 676, 0)
+    assert plan.disk_bytes == 676 * (BLOCK + PAGE)
 
 
 def test_disk_alone_gets_a_staging_area() -> None:
@@ -79,6 +80,10 @@ def test_a_disk_must_be_there_and_have_room(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lower DYN_KVBM_DISK_CACHE_GB"):
         checks.check_disk(tmp_path, 1 << 60)
     checks.check_disk(tmp_path, 1 << 60, held_bytes=1 << 60)
+    (tmp_path / "tandem-kv" / "model").mkdir(parents=True)
+    (tmp_path / "tandem-kv" / "model" / "block").write_bytes(bytes(1000))
+    (tmp_path / "other").write_bytes(bytes(1000))
+    assert checks.folder_bytes(tmp_path, "tandem-kv") == 1000
 
 
 def test_a_folder_that_refuses_writing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_disk_comes_before_objects_and_the_filter_needs_a_host_tier() -> None:
     """Each tier is found by its module; disk alone takes every block, as Dynamo's does."""
     settings = KvbmSettings(disk_cache_override_num_blocks=9, object_enabled=True, object_bucket="b", staging_gb=0.001)
     disk, objects = translate({}, settings, plan_tiers(settings, PAGE))["secondary_tiers"]
-    assert (disk["type"], disk["module_path"], disk["quota_bytes"]) == ("DiskTier", "tandem_kvbm.disk.tier", 9 * PAGE)
+    assert (disk["type"], disk["module_path"], disk["quota_bytes"]) == ("DiskTier", "tandem_kvbm.disk.tier", 9 * 2 * PAGE)
     assert disk["admission_filter"] is False
     assert (objects["type"], objects["module_path"], objects["bucket"]) == ("ObjectTier", "tandem_kvbm.objects.tier", "b")
     with_host = dataclasses.replace(settings, cpu_cache_gb=1)
@@ -286,3 +286,12 @@ def test_an_engine_without_tiers_says_so() -> None:
     """Whatever its connector is."""
     with pytest.raises(ValueError, match="no KV block tiers"):
         control.serve(SimpleNamespace(scheduler=SimpleNamespace(connector=None)), "status", "")
+
+
+def test_data_parallel_ranks_write_under_names_of_their_own() -> None:
+    """Each is an engine with its own quota."""
+    config = offloading_config()
+    config = dataclasses.replace(config, extra_config={"kvbm": {"cpu_cache_gb": 1, "worker_id": "host-0"}})
+    assert KvbmSpec(config).settings.worker_id == "host-0"
+    second = dataclasses.replace(config.parallel, data_parallel_size=2, data_parallel_index=1)
+    assert KvbmSpec(dataclasses.replace(config, parallel=second)).settings.worker_id == "host-0-dp1"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tandem_worker.config import WorkerSettings
-from tandem_worker.environment import LOOPBACK, engine_environment, reachable_address
+from tandem_worker.environment import LOOPBACK, OVERRIDABLE, engine_environment, overridable, reachable_address
 
 
 def environment(**settings: Any) -> dict[str, str]:
@@ -65,3 +65,12 @@ def test_a_host_name_that_does_not_resolve_falls_back_to_loopback(monkeypatch: p
 
     monkeypatch.setattr(socket, "gethostbyname", fail)
     assert reachable_address() == LOOPBACK
+
+
+@pytest.mark.parametrize(("host", "name"), [("gpu_07.Rack-2", "gpu-07-rack-2-3"), ("---", "host-3")])
+def test_a_worker_has_a_name_for_buckets(monkeypatch: pytest.MonkeyPatch, host: str, name: str) -> None:
+    """The same after a restart, and different for each worker of a host."""
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    variables = overridable(WorkerSettings(worker_index=3))
+    assert variables["TANDEM_KVBM_WORKER_ID"] == name
+    assert OVERRIDABLE.items() < variables.items()
