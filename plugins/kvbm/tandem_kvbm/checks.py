@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tandem_protocol.errors import ConfigError
@@ -42,8 +42,11 @@ def check_disk(folder: Path, needed_bytes: int, held_bytes: int = 0) -> None:
 
 def folder_bytes(folder: Path, prefix: str) -> int:
     """Size of the files below those subfolders of `folder` whose name starts with `prefix`."""
-    files = (path for top in folder.glob(f"{prefix}*") for path in top.rglob("*"))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    total = 0
+    for path in (path for top in folder.glob(f"{prefix}*") for path in top.rglob("*")):
+        with suppress(OSError):  # another engine has just evicted it
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 @contextmanager

@@ -45,6 +45,12 @@ def _host_policy(text: str) -> str:
     return text
 
 
+def _disk_policy(text: str) -> str:
+    if text not in {"lru", "tinylfu"}:
+        raise ValueError("expected lru or tinylfu")
+    return text
+
+
 @dataclass(frozen=True)
 class KvbmSettings:
     """Settings of one engine's tiers, resolved; GB are 10^9 bytes, and a block is one KV block of all layers and ranks."""
@@ -72,6 +78,14 @@ class KvbmSettings:
         env="DYN_KVBM_DISK_DISABLE_O_DIRECT", default=False, parse=parse_bool,
         help="Write and read through the page cache. Off: it would hold a second copy of what the host tier has.",
     )
+    disk_policy: str = setting(
+        env="TANDEM_KVBM_DISK_POLICY", default="lru", parse=_disk_policy,
+        help="What the disk tier gives up first: lru or tinylfu; lru, since a filter has kept one-time prompts out already.",
+    )
+    disk_shared: bool = setting(
+        env="TANDEM_KVBM_DISK_SHARED", default=False, parse=parse_bool,
+        help="All engines of this model use one folder and find each other's blocks, as on a network file system. Off: one folder each.",
+    )
     disable_disk_offload_filter: bool = setting(
         env="DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", default=False, parse=parse_bool,
         help="Write every block to the disk tier. Off: only blocks seen twice, since most prompts never come back and disks wear.",
@@ -81,7 +95,7 @@ class KvbmSettings:
     )
     object_bucket: str = setting(
         env="DYN_KVBM_OBJECT_BUCKET", default="", parse=str,
-        help="Bucket of the object tier; `{worker_id}` in it becomes the engine's id, which gives every worker its own.",
+        help="Bucket of the object tier; `{worker_id}` in it becomes TANDEM_KVBM_WORKER_ID, which gives every worker its own.",
     )
     object_endpoint: str = setting(
         env="DYN_KVBM_OBJECT_ENDPOINT", default="", parse=str, help="URL of an S3-compatible store; empty for AWS."
@@ -97,6 +111,11 @@ class KvbmSettings:
     object_num_blocks: int = setting(
         env="DYN_KVBM_OBJECT_NUM_BLOCKS", default=0, parse=_blocks, unit="blocks",
         help="Blocks that this worker keeps in the object store; 0 for no bound, since a bucket has its own life cycle rules.",
+    )
+    worker_id: str = setting(
+        env="TANDEM_KVBM_WORKER_ID", default="", parse=str, flag=False,
+        help="Who writes into the object store: its quota and `{worker_id}` must survive a restart. Workers set host and index; empty: new "
+             "at every start.",
     )
     staging_gb: float = setting(
         env="TANDEM_KVBM_STAGING_GB", default=2.0, parse=parse_float(0.001, _MOST_GB), unit="GB",

@@ -32,12 +32,17 @@ class TierPlan:
     @property
     def disk_bytes(self) -> int | None:
         """The disk tier's quota."""
-        return None if self.disk_blocks is None else self.disk_blocks * self.block_bytes
+        return None if self.disk_blocks is None else self.disk_blocks * on_disk(self.block_bytes)
 
 
 def padded_block_bytes(rank_bytes: int, copies: int, blocks_per_chunk: int, page_bytes: int = mmap.PAGESIZE) -> int:
     """Bytes of one offloaded block: that of `copies` ranks, times KV blocks that travel together, padded to whole pages."""
     return -(-rank_bytes * copies * blocks_per_chunk // page_bytes) * page_bytes
+
+
+def on_disk(block_bytes: int) -> int:
+    """Bytes of a block's file: the block, and a page for the footer that proves it."""
+    return block_bytes + mmap.PAGESIZE
 
 
 def num_blocks(override: int, cache_gb: float, block_bytes: int) -> int:
@@ -55,7 +60,7 @@ def plan_tiers(settings: KvbmSettings, block_bytes: int) -> TierPlan:
     _check_not_empty(host, "host tier", "DYN_KVBM_CPU_CACHE_GB" if settings.has_host else "TANDEM_KVBM_STAGING_GB", block_bytes)
     disk = None
     if settings.has_disk:
-        disk = num_blocks(settings.disk_cache_override_num_blocks, settings.disk_cache_gb, block_bytes)
+        disk = num_blocks(settings.disk_cache_override_num_blocks, settings.disk_cache_gb, on_disk(block_bytes))
         _check_not_empty(disk, "disk tier", "DYN_KVBM_DISK_CACHE_GB", block_bytes)
     objects = settings.object_num_blocks if settings.object_enabled else None
     return TierPlan(block_bytes, host, not settings.has_host, disk, objects)

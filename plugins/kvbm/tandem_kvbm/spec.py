@@ -21,7 +21,7 @@ from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from tandem_kvbm import control
-from tandem_kvbm.checks import bounded, check_host_memory
+from tandem_kvbm.checks import bounded, check_disk, check_host_memory, folder_bytes
 from tandem_kvbm.config import KvbmSettings, ignored_variables, load_settings
 from tandem_kvbm.cpu_worker import HostCopyWorker
 from tandem_kvbm.manager import LEVELS, KvbmManager
@@ -33,12 +33,15 @@ from tandem_protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+DISK_FOLDER = "tandem-kv"
+"""Below `disk_cache_dir`: what the disk tiers of this host hold already (tandem_kvbm.disk.seat)."""
+
 
 class KvbmSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM's classes are Any here
     """vLLM's tiering spec, configured by KvbmSettings, with a copy worker for the CPU platform."""
 
     def __init__(self, config: OffloadingConfig) -> None:
-        self.settings = load_settings(config.extra_config)
+        self.settings = _of_rank(load_settings(config.extra_config), config)
         self.plan = plan_tiers(self.settings, block_bytes(config))
         super().__init__(dataclasses.replace(config, extra_config=translate(config.extra_config, self.settings, self.plan)))
         self._manager: KvbmManager | None = None
@@ -73,6 +76,9 @@ class KvbmSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM's classes a
 
     def _build_manager(self) -> KvbmManager:
         self._check_host_memory()
+        if self.plan.disk_bytes is not None:
+            folder = Path(self.settings.disk_cache_dir)
+            check_disk(folder, self.plan.disk_bytes, folder_bytes(folder, DISK_FOLDER))
         tiers: list[Any] = []
         with ExitStack() as undo:
             region = self._region(rank=None)
@@ -116,6 +122,13 @@ def block_bytes(config: OffloadingConfig) -> int:
     """Bytes of one offloaded block over all ranks, as vLLM's spec will compute them."""
     copies = 1 if config.replicated_layout else config.parallel.world_size
     return padded_block_bytes(config.worker_kv_bytes_per_block, copies, config.cache.blocks_per_chunk)
+
+
+def _of_rank(settings: KvbmSettings, config: OffloadingConfig) -> KvbmSettings:
+    """Data-parallel ranks are engines of their own: each keeps its own account of what it wrote."""
+    if not settings.worker_id or config.parallel.data_parallel_size == 1:
+        return settings
+    return dataclasses.replace(settings, worker_id=f"{settings.worker_id}-dp{config.parallel.data_parallel_index}")
 
 
 def translate(extra_config: Any, settings: KvbmSettings, plan: TierPlan) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def _disk(settings: KvbmSettings, plan: TierPlan | None) -> TierConfig:
         "folder": settings.disk_cache_dir,
         "quota_bytes": plan.disk_bytes if plan else 0,
         "direct_io": not settings.disk_disable_o_direct,
+        "policy": settings.disk_policy,
+        "shared": settings.disk_shared,
         "admission_filter": not settings.disable_disk_offload_filter and settings.has_host,
     }
 
@@ -37,5 +39,6 @@ def _objects(settings: KvbmSettings, plan: TierPlan | None) -> TierConfig:
         "region": settings.object_region,
         "access_key": settings.object_access_key,
         "secret_key": settings.object_secret_key,
+        "worker_id": settings.worker_id,
         "num_blocks": plan.object_blocks if plan else 0,
     }
