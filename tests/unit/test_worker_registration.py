@@ -109,7 +109,7 @@ async def test_the_record_follows_the_worker() -> None:
     assert (store.records, presence.status) == ((), "unregistered")
 
 
-@pytest.mark.parametrize("state", [WorkerState.DEAD, WorkerState.STOPPED])
+@pytest.mark.parametrize("state", [WorkerState.DEAD, WorkerState.HUNG, WorkerState.STOPPED])
 async def test_a_dead_worker_leaves_at_once(state: WorkerState) -> None:
     """Nobody has to ask it to."""
     store = MemoryStore()
@@ -119,6 +119,19 @@ async def test_a_dead_worker_leaves_at_once(state: WorkerState) -> None:
     await until(watch, lambda snapshot: snapshot.records != ())
     presence.follow(state)
     await until(watch, lambda snapshot: snapshot.records == ())
+    await presence.leave()
+
+
+async def test_an_unwell_worker_stays_known_but_is_not_placed() -> None:
+    """A router gives up the streams of a worker that it no longer finds; this one may yet finish them."""
+    store = MemoryStore()
+    watch = MemoryDiscovery(store).watch()
+    presence = RegisteredPresence(MemoryDiscovery(store), worker())
+    presence.follow(WorkerState.UNWELL)
+    snapshot = await until(watch, lambda snapshot: snapshot.records != ())
+    assert not snapshot.records[0].placeable
+    presence.follow(WorkerState.READY)
+    await until(watch, lambda snapshot: snapshot.records == (worker(),))
     await presence.leave()
 
 
