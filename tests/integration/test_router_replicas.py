@@ -13,7 +13,7 @@ from servers import get_text
 
 SYNC = {"DYN_ROUTER_REPLICA_SYNC": "true"}
 LONG = 600
-"""Tokens: at the mock's own speed more than ten seconds."""
+"""Tokens: some seconds of the mock's time."""
 
 
 def prompt(seed: int) -> list[int]:
@@ -84,10 +84,10 @@ def test_a_killed_router_is_forgotten_and_ours_goes_on(other: OtherRouter, local
 def test_a_late_router_learns_what_is_in_flight(workers: Path, other: OtherRouter, tokenizer: Path) -> None:
     """And hears how it ends."""
     for seed in range(3):
-        other.send(prompt(seed), 200)
+        other.send(prompt(seed), 4 * LONG)  # for longer than it takes a router to start
     until(lambda: other.fleet["active"] == 3, "three requests in flight")
     with router(workers, 4, tokenizer, **SYNC) as late:
-        until(lambda: sum(loads(late)) == 3 or other.fleet["active"] == 0, "the requests that were there before")
+        until(lambda: sum(loads(late)) == 3, "the requests that were there before")
         [state] = late.router.replicas.states()
         assert (state.id, state.synced, state.requests) == (other.name, True, 3)
         until(lambda: sum(loads(late)) == 0, "the end of them")

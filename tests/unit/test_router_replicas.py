@@ -202,29 +202,31 @@ async def test_routers_of_another_model_are_no_replicas(make: Callable[[str], Si
 
 async def test_strangers_are_counted_and_left_alone(make: Callable[[str], Side]) -> None:
     """Whatever sits at an address where a router was."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    stranger = Announcer(context, "stranger", "127.0.0.1", 0)
     one = make("r1")
-    await one.replicas.start("m", [one.books])
-    one.replicas.apply([RouterRecord(id="r9", model="m", events_endpoint=stranger.events_endpoint, state_endpoint=stranger.state_endpoint)])
+    with zmq.Context() as context:
+        stranger = Announcer(context, "stranger", "127.0.0.1", 0)
+        await one.replicas.start("m", [one.books])
+        await one.replicas._discovery.register(RouterRecord(
+            id="r9", model="m", events_endpoint=stranger.events_endpoint, state_endpoint=stranger.state_endpoint))
 
-    def heard() -> bool:
-        stranger.greet()
-        stranger.publish(1, freed(1))
-        return one.replicas.states()[0].malformed > 3
+        def heard() -> bool:
+            stranger.greet()
+            stranger.publish(1, freed(1))
+            return any(state.malformed > 3 for state in one.replicas.states())
 
-    await until(heard)
-    assert not one.replicas.states()[0].synced
-    stranger.close()
-    context.destroy(0)
+        try:
+            await until(heard)
+            assert not one.replicas.states()[0].synced
+            assert one.picture() == {}
+        finally:
+            stranger.close()
 
 
 def test_an_address_of_another_host_ends_the_start() -> None:
     """With the settings to change."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with pytest.raises(ConfigError, match="TANDEM_ROUTER_REPLICA_HOST"):
-        Announcer(context, "r", "192.0.2.1", 0)
     record = RouterRecord(id="r", model="m", events_endpoint="nonsense", state_endpoint="nonsense")
-    with pytest.raises(ConfigError, match="can't be connected"):
-        ReplicaLink(context, record)
-    context.destroy(0)
+    with zmq.Context() as context:
+        with pytest.raises(ConfigError, match="TANDEM_ROUTER_REPLICA_HOST"):
+            Announcer(context, "r", "192.0.2.1", 0)
+        with pytest.raises(ConfigError, match="can't be connected"):
+            ReplicaLink(context, record)
