@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def worker(run_dir: Path, folder: Path) -> Iterator[Server]:
     """One worker with a host and a disk tier, which takes every block."""
-    tiers = ["--connector", "kvbm", "--cpu-cache-gb", "0.2", "--disk-cache-gb", "1", "--disk-cache-dir", str(folder), "--disable-disk-offload-filter"]
-    with serve(run_dir, "--mode", "agg", *tiers, *SIZES) as running:
+    disk = ["--disk-cache-gb", "1", "--disk-cache-dir", str(folder), "--disable-disk-offload-filter"]
+    with serve(run_dir, "--mode", "agg", "--connector", "kvbm", "--cpu-cache-gb", "0.2", *disk, *SIZES) as running:
         yield running
 
 
