@@ -23,6 +23,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     GPULoadStoreSpec,
     LookupResult,
     Medium,
+    OffloadingEvent,
     ReqContext,
     ScheduleEndContext,
 )
@@ -217,10 +218,17 @@ def test_a_reset_takes_back_what_events_announced(manager: KvbmManager) -> None:
     store(manager, request(manager, "s"), 5)
     manager.reset_cache()
     [event] = manager.take_events()
-    assert (len(event.keys), event.removed, event.medium) == (HOST_BLOCKS, True, Medium.CPU)
-    assert keys(5)[0] in event.keys
+    assert (sorted(event.keys), event.removed, event.medium) == (keys(1, 2, 3, 4), True, Medium.CPU)
     assert list(manager.take_events()) == []
     assert manager.host_blocks_used == 0
+
+
+def test_a_reset_loses_no_event_of_other_tiers(manager: KvbmManager) -> None:
+    """They keep their blocks."""
+    on_disk = OffloadingEvent(keys=keys(7), medium=Medium.STORAGE, removed=False)
+    manager.primary_tier.events.append(on_disk)
+    manager.reset_cache()
+    assert list(manager.take_events()) == [on_disk]
 
 
 def test_the_window_forgets() -> None:
@@ -295,3 +303,57 @@ def test_data_parallel_ranks_write_under_names_of_their_own() -> None:
     assert KvbmSpec(config).settings.worker_id == "host-0"
     second = dataclasses.replace(config.parallel, data_parallel_size=2, data_parallel_index=1)
     assert KvbmSpec(dataclasses.replace(config, parallel=second)).settings.worker_id == "host-0-dp1"
+
+
+@pytest.fixture
+def with_disk(tmp_path: Path) -> Iterator[KvbmManager]:
+    """A manager with host memory and a disk tier that takes every block."""
+    settings = {"cpu_cache_override_num_blocks": HOST_BLOCKS, "disk_cache_override_num_blocks": 3, "disk_cache_dir": tmp_path,
+                "disable_disk_offload_filter": True}
+    manager = KvbmSpec(offloading_config(kvbm=settings)).get_manager()
+    yield manager
+    manager.shutdown()
+
+
+def settle(manager: KvbmManager) -> None:
+    """Ends the step, lets every transfer end, and has the next step see it."""
+    manager.on_schedule_end(ScheduleEndContext((), ()))
+    for tier in manager.secondary_tiers:
+        tier.drain_jobs()
+    manager.on_schedule_end(ScheduleEndContext((), ()))
+
+
+def test_blocks_go_to_the_disk_and_come_back(with_disk: KvbmManager) -> None:
+    """Counted under Dynamo's names; a hit on disk is a miss in host memory."""
+    store(with_disk, request(with_disk, "writer"), 1, 2)
+    settle(with_disk)
+    assert with_disk.values()["offload_blocks_h2d"] == 2
+    with_disk.reset_cache()
+    reader = request(with_disk, "reader")
+    assert [with_disk.lookup(key, reader) for key in keys(1, 2)] == [LookupResult.HIT_PENDING] * 2
+    with_disk.on_schedule_end(ScheduleEndContext({"reader"}, ()))
+    settle(with_disk)
+    assert [with_disk.lookup(key, reader) for key in keys(1, 2)] == [LookupResult.HIT] * 2
+    values = with_disk.values()
+    assert (values["onboard_blocks_d2d"], values["host_cache_hit_rate"], values["disk_cache_hit_rate"]) == (2, 0, 1)
+
+
+def test_the_disk_tier_is_shown_and_reset(with_disk: KvbmManager) -> None:
+    """Its override is a number of blocks, footers apart; host memory keeps its own."""
+    core = FakeCore(with_disk, lambda own: own)
+    for number in range(HOST_BLOCKS):
+        store(with_disk, request(with_disk, f"r{number}"), number)
+        settle(with_disk)
+    disk = control.serve(core, "status", "")["tiers"][2]
+    assert (disk["tier"], disk["used_blocks"], disk["write_failures"]) == ("G3", 3, 0)
+    assert control.serve(core, "reset", "G3") == {"tier": "G3", "reset": True, "blocks": 3}
+    host, disk = control.serve(core, "status", "")["tiers"][1:]
+    assert (host["used_blocks"], disk["used_blocks"]) == (HOST_BLOCKS, 0)
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a tier is made; what tiers of this folder hold already counts as room."""
+    made = KvbmSpec(offloading_config(kvbm={"cpu_cache_gb": 0.001, "disk_cache_gb": 1, "disk_cache_dir": tmp_path}))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20 if path == tmp_path else 1 << 40))
+    with pytest.raises(ConfigError, match="lower DYN_KVBM_DISK_CACHE_GB"):
+        made.get_manager()

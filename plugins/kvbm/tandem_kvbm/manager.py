@@ -35,8 +35,8 @@ class KvbmManager(TieringOffloadingManager):  # type: ignore[misc]  # vLLM's cla
         self._metrics = CountingTracker(stats, self.levels, [tier.tier_type for tier in tiers], plan.host_blocks, plan.block_bytes)
         self._feed = MetricsFeed()
         self._announced: set[bytes] = set()
-        """Blocks of the host tier whose events said that they are there; only kept where events are on."""
-        self._removed: list[OffloadingEvent] = []
+        """Blocks of the host tier that events have told of; none where events are off."""
+        self._owed: list[OffloadingEvent] = []
         self._log_interval_s = log_interval_s
         self._logged_at = time.monotonic()
         self._logged_requests = 0
@@ -59,19 +59,19 @@ class KvbmManager(TieringOffloadingManager):  # type: ignore[misc]  # vLLM's cla
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """vLLM's events, and the removals that a reset of the host tier owes to those who were told of its blocks."""
-        yield from self._removed
-        self._removed.clear()
+        yield from self._owed
+        self._owed.clear()
         for event in super().take_events():
             self._note(event)
             yield event
 
     def reset_cache(self) -> None:
         """Empties the host tier; the tiers below keep theirs."""
-        for event in super().take_events():
-            self._note(event)
+        # What was not told yet of the host tier need not be told any more; what was is taken back.
+        self._owed += [event for event in super().take_events() if event.medium is not Medium.CPU]
         super().reset_cache()
         if self._announced:
-            self._removed.append(OffloadingEvent(keys=list(self._announced), medium=Medium.CPU, removed=True))
+            self._owed.append(OffloadingEvent(keys=list(self._announced), medium=Medium.CPU, removed=True))
             self._announced.clear()
 
     def get_stats(self) -> Any:
