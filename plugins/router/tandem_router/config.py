@@ -112,6 +112,15 @@ class RouterSettings:
         help="With events, how long a decision counts as a hit before its events arrive, so that bursts stay together; 0 for never.",
     )
 
+    router_snapshot_folder: str = setting(
+        env="TANDEM_ROUTER_SNAPSHOT_FOLDER", default="", parse=str,
+        help="Folder in which each instance keeps its index for a warm restart; empty for none, since a cold one only costs some replays.",
+    )
+    router_snapshot_interval_s: float = setting(
+        env="TANDEM_ROUTER_SNAPSHOT_INTERVAL_S", default=60.0, parse=parse_float(0.1, DAY_S), unit="s",
+        help="Time between two saves, besides the one at the end; well below what the workers' replay buffers bridge after a crash.",
+    )
+
     router_track_active_blocks: bool = setting(
         env="DYN_ROUTER_TRACK_ACTIVE_BLOCKS", default=True, parse=parse_bool,
         help="Count the blocks of requests in flight as decode load. Off: the prefill blocks stand for it.",

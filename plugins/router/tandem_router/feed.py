@@ -83,11 +83,15 @@ class EventFeed:
         self._ring()
 
     def remove(self, worker_id: str) -> None:
-        """Stops following all ranks of a worker; do it before the index forgets the worker. Afterwards nothing more reaches its slots."""
+        """Stops following all ranks of a worker, or forgets what a snapshot said of it; do it before the index forgets the worker.
+
+        Afterwards nothing more reaches its slots.
+        """
         with self._guard:
             leaving = [source for source in self._sources if source.worker_id == worker_id]
             self._sources = tuple(source for source in self._sources if source.worker_id != worker_id)
             self._retired.extend(leaving)
+            self._places = {key: place for key, place in self._places.items() if place.worker_id != worker_id}
         for source in leaving:
             source.detach()
         self._ring()

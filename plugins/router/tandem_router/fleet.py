@@ -8,7 +8,7 @@ worker's KV events (`probe`): a KV router that runs blind is an error, not a slo
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 from tandem_protocol.discovery import Discovery
@@ -44,14 +44,15 @@ class Fleet:
     """Follows discovery until `close`."""
 
     def __init__(self, settings: RouterSettings, discovery: Discovery, index: KvIndex, feed: EventFeed | None, *, replica: str = "",
-                 publish: Publisher = publish_nothing) -> None:
-        """`replica` and `publish` as for `Placement`."""
+                 publish: Publisher = publish_nothing, remembered: frozenset[str] = frozenset()) -> None:
+        """`replica` and `publish` as for `Placement`; `remembered` are workers that the index knows from a snapshot."""
         self.pools = {role: Placement(settings, role, index, replica=replica, publish=publish) for role in Role}
         self.changed = asyncio.Event()
         self._settings, self._discovery, self._index, self._feed = settings, discovery, index, feed
         self._probe: Probe | None = None
         self._members: dict[str, _Member] = {}
         self._model = settings.model
+        self._remembered = remembered
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -92,14 +93,16 @@ class Fleet:
         while True:
             try:
                 async for snapshot in self._discovery.watch():
-                    self.apply(snapshot.records)
+                    self.apply(snapshot.records, current=snapshot.current)
             except Exception:  # the view that we have stays valid; discovery is asked again
                 log.exception("fleet.watch_failed")
             await asyncio.sleep(_RETRY_S)
 
-    def apply(self, records: tuple[WorkerRecord, ...]) -> None:
-        """Takes the fleet as discovery has it now."""
+    def apply(self, records: tuple[WorkerRecord, ...], *, current: bool = True) -> None:
+        """Takes the fleet as discovery has it now; not `current`: as it had it."""
         ours = {record.id: record for record in records if self._is_ours(record)}
+        if current:
+            self._forget_absent(ours.keys())
         for worker_id in self._members.keys() - ours.keys():
             self._leave(self._members.pop(worker_id))
         for worker_id, record in ours.items():
@@ -110,6 +113,15 @@ class Fleet:
             member.record = record
             self._check_if_due(member)
         self._place()
+
+    def _forget_absent(self, present: Collection[str]) -> None:
+        """What a snapshot told of workers that are gone, once."""
+        for worker_id in self._remembered.difference(present):
+            log.info("fleet.worker_gone %s", worker_id)
+            if self._feed is not None:
+                self._feed.remove(worker_id)
+            self._index.remove_worker(worker_id)
+        self._remembered = frozenset()
 
     def _is_ours(self, record: WorkerRecord) -> bool:
         if not self._model:

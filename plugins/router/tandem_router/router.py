@@ -27,15 +27,14 @@ from tandem_router.answers import query_answer
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections
 from tandem_router.dispatch import Dispatcher, Routed
-from tandem_router.feed import EventFeed
 from tandem_router.fleet import Fleet
-from tandem_router.index import KvIndex
 from tandem_router.metrics import RouterMetrics
 from tandem_router.overrides import Overrides
 from tandem_router.placement import RouteRequest
 from tandem_router.probe import EventProbe
 from tandem_router.prompts import Prompts, block_keys, load_tokenizer, lora_of
 from tandem_router.replicas import Alone, Replicas, Sharing
+from tandem_router.warm_restart import Snapshots, open_index, snapshot_path
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,13 @@ class Router:
         self.settings = settings
         self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self.metrics = RouterMetrics()
-        self.index = KvIndex()
-        self.feed = EventFeed(self.index) if settings.reads_events else None
+        path = snapshot_path(settings.router_snapshot_folder, instance) if settings.reads_events else None
+        warm = open_index(path)
+        self.index = warm.index
+        self.feed = warm.feed if settings.reads_events else None
+        self._remembered = warm.remembered
+        self.metrics.snapshot(warm.outcome)
+        self._snapshots = Snapshots(self.feed, path, self.metrics.snapshot)
         self._instance = instance
         self._outbox = Outbox()
         self._active: dict[int, _Active] = {}
@@ -97,6 +101,7 @@ class Router:
             asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_STOP_TIMEOUT_S)
         except Exception:  # the rest must be closed whatever this ran into
             log.exception("router.close_failed")
+        self._snapshots.save()
         if self.feed is not None:
             self.feed.close()
         self._outbox.close(_STOP_TIMEOUT_S)
@@ -123,11 +128,13 @@ class Router:
         self.connections = Connections()
         self._discovery = open_discovery(self.settings.discovery)
         self.replicas = self._sharing()
-        self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed, replica=self.name, publish=self.replicas.publish)
+        self.fleet = Fleet(self.settings, self._discovery, self.index, self.feed, replica=self.name, publish=self.replicas.publish,
+                           remembered=self._remembered)
         self._dispatcher = Dispatcher(self.fleet, self.connections, self.settings, self.metrics)
         self.fleet.start(EventProbe(self.connections, self.index, lambda: self.fleet.generating.block_size, self.name))
         self._preparing = asyncio.create_task(self._prepare())
         self._joining = asyncio.create_task(self._join_replicas())
+        self._saving = asyncio.create_task(self._snapshots.keep(self.settings.router_snapshot_interval_s))
         self._admin = AdminServer(self)
         if self.settings.router_admin_port:
             await self._admin.start(self.settings.router_admin_host, self.settings.router_admin_port + self._instance)
@@ -138,6 +145,7 @@ class Router:
         await asyncio.gather(*(active.task for active in self._active.values() if active.task), return_exceptions=True)
         self._preparing.cancel()
         self._joining.cancel()
+        self._saving.cancel()
         await self._admin.stop()
         await self.replicas.close()
         await self.fleet.close()
