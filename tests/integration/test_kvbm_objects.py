@@ -12,8 +12,10 @@ from dataclasses import replace
 
 import pytest
 
+import store_contract
 from s3s import KEYS, S3, Mood, Proxy, s3_server
 from servers import wait_for
+from store_contract import EvictingContract
 from tandem_kvbm.blob import FOOTER_BYTES, CorruptBlockError
 from tandem_kvbm.objects.config import MIB, ObjectConfig
 from tandem_kvbm.objects.counters import Count
@@ -80,6 +82,17 @@ def make(proxy: Proxy, bucket: str) -> Iterator[Make]:
             return store
 
         yield opened
+
+
+class TestContract(EvictingContract):
+    """What holds for every store, over a real endpoint."""
+
+    @pytest.fixture
+    def make(self, s3: S3, bucket: str) -> Callable[[], ObjectStore]:
+        """A store of CAPACITY blocks in a bucket of its own."""
+        config = ObjectConfig(bucket=bucket, endpoint=s3.url, num_blocks=store_contract.CAPACITY, read_deadline_s=store_contract.WAIT_S,
+                              probe_deadline_s=store_contract.WAIT_S, write_deadline_s=store_contract.WAIT_S, **KEYS)
+        return lambda: ObjectStore(config, "model_abc", LAYOUT, store_contract.BLOCK_BYTES)
 
 
 def test_blocks_come_back_to_another_worker(make: Make) -> None:

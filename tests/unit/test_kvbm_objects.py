@@ -166,6 +166,18 @@ def test_ledger_gives_up_many_at_once() -> None:
     assert len(ledger) == 64
 
 
+def test_ledger_keeps_blocks_of_more_worth() -> None:
+    """What goes along with the surplus, to save requests, is of no more worth than the new block."""
+    ledger = Ledger(64)
+    for i in range(63):
+        ledger.add(block_key(i), priority=2)
+    ledger.add(block_key(63), priority=0)
+    assert ledger.takes(0)
+    assert ledger.add(block_key(64), priority=1) == [block_key(63)]
+    assert not ledger.takes(0)
+    assert ledger.takes(1)
+
+
 def test_ledger_comes_back() -> None:
     """Order and priorities too; a broken one is told apart."""
     ledger = Ledger(10)
@@ -188,7 +200,9 @@ def test_ledger_equals_a_sorted_list(steps: list[tuple[str, int, int]]) -> None:
         key, now = bytes([number]), now + 1
         if what == "add":
             model.pop(key, None)
+            ledger.discard([key])
             expected = sorted(model, key=lambda held: model[held])[: max(0, len(model) - 4)]
+            assert ledger.takes(priority) == (len(model) < 5 or min(model.values())[0] <= priority)
             assert ledger.add(key, priority) == expected
             model = {held: use for held, use in model.items() if held not in expected} | {key: (priority, now)}
         elif what == "touch":

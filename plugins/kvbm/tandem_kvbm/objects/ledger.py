@@ -6,6 +6,7 @@ The bucket is shared, so nobody can tell from a listing who wrote what: each wor
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 
 import msgspec
 
@@ -44,11 +45,15 @@ class Ledger:
         """In the order in which they are given up."""
         return [key for level in sorted(self._levels) for key in self._levels[level]]
 
+    def takes(self, priority: int) -> bool:
+        """Whether there is room, or something of no more worth to give up."""
+        return len(self._priority) < self.capacity or min(self._levels) <= priority
+
     def add(self, key: bytes, priority: int = 0) -> list[bytes]:
         """Notes a write; returns what must go. Several at once, so that one request to S3 removes many; never the block itself."""
         self.discard((key,))
         surplus = len(self._priority) + 1 - self.capacity
-        victims = self._oldest(surplus + self._batch - 1) if surplus > 0 else []
+        victims = self._victims(surplus, priority) if surplus > 0 else []
         self.discard(victims)
         self._priority[key] = priority
         self._levels.setdefault(priority, OrderedDict())[key] = None
@@ -91,11 +96,10 @@ class Ledger:
         assert listed == self._priority, "ledger: levels and priorities differ"
         assert all(self._levels.values()), "ledger: an empty level was kept"
 
-    def _oldest(self, count: int) -> list[bytes]:
-        oldest: list[bytes] = []
-        for priority in sorted(self._levels):
-            for key in self._levels[priority]:
-                if len(oldest) == count:
-                    return oldest
-                oldest.append(key)
-        return oldest
+    def _victims(self, surplus: int, priority: int) -> list[bytes]:
+        """At least the surplus; what goes along with it is of no more worth than the new block."""
+        victims: list[bytes] = []
+        for level in sorted(self._levels):
+            wanted = surplus + self._batch - 1 if level <= priority else surplus
+            victims.extend(islice(self._levels[level], max(0, wanted - len(victims))))
+        return victims

@@ -43,9 +43,10 @@ class Quota:
         """Whether there is a quota."""
         return self._ledger is not None
 
-    def has_room(self) -> bool:
-        """Whether a write makes sense: not while S3 takes no removals."""
-        return len(self._owed) < _OWED_MOST
+    def takes(self, priority: int) -> bool:
+        """Whether a write makes sense: not while S3 takes no removals, and not if only blocks of more worth could be given up for it."""
+        with self._lock:
+            return len(self._owed) < _OWED_MOST and (self._ledger is None or self._ledger.takes(priority))
 
     def keys(self) -> list[bytes]:
         """What this worker wrote, in the order in which it is given up."""

@@ -153,9 +153,9 @@ class ObjectStore(BlockStore):
             return True
 
     def _write(self, key: bytes, block: memoryview, priority: int) -> Written:
-        self.counters.add(Count.WRITES)
-        if not self._quota.has_room():
+        if not self._quota.takes(priority):
             return Written(stored=False)
+        self.counters.add(Count.WRITES)
         body = b"".join((block, make_footer(key, self._layout, block)))
         name, deadline = self._names.name_of(key), self._bucket.deadline(self._config.write_deadline_s)
         try:
