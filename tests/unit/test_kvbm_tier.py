@@ -251,6 +251,37 @@ def test_a_lookup_without_an_answer_is_a_miss_at_its_deadline(bench: Bench, slow
     assert bench.tier.counters.take()["lookup_failures"] == 1
 
 
+def test_an_answer_after_the_deadline_is_dropped(bench: Bench, slow: SlowStore, clock: Clock) -> None:
+    """vLLM's own asserts that there is none, which would end the engine."""
+    step = SimpleNamespace(new_req_ids=(), preempted_req_ids=())
+    bench.store(1)
+    slow.only_probes = True
+    slow.gate.clear()
+    assert bench.lookup(1) is LookupResult.RETRY
+    bench.tier.on_schedule_end(step)
+    clock.now += 1.1
+    assert bench.lookup(1) is LookupResult.MISS
+    slow.gate.set()
+
+    def answered() -> bool:
+        bench.tier.on_schedule_end(step)
+        return bench.lookup(2) is LookupResult.MISS
+
+    until(answered)
+    assert bench.lookup(1) is LookupResult.MISS
+
+
+def test_a_block_whose_load_fails_while_it_is_looked_up_is_a_miss(bench: Bench, slow: SlowStore, clock: Clock) -> None:
+    """Asked about, but the question not sent yet, when another request's load of it fails."""
+    slow.only_probes = True
+    assert bench.lookup(1) is LookupResult.RETRY
+    assert not bench.load(1, 0).success
+    clock.now += 60.0
+    for _ in range(2):
+        bench.tier.on_schedule_end(SimpleNamespace(new_req_ids=(), preempted_req_ids=()))
+        assert bench.lookup(1) is LookupResult.MISS
+
+
 def test_the_filter_writes_what_a_second_request_brings_back(clock: Clock) -> None:
     store = MemoryStore(8, BLOCK_BYTES)
     bench = Bench(store, clock, Admission(clock=clock))

@@ -7,9 +7,10 @@ doesn't answer costs a request that much time and no more.
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
+from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager, LookupPhase
 
 from tandem_kvbm.counters import TierCounters
 from tandem_kvbm.store import BlockStore, StoreUnavailableError
@@ -37,6 +38,19 @@ class Probes(AsyncLookupManager):  # type: ignore[misc]  # vLLM's classes are An
         self._counters.add("lookup_failures")
         self.mark_miss([key])
         return False
+
+    def mark_miss(self, keys: Collection[bytes]) -> None:
+        """From now on the blocks are missing, whatever an answer says that is still on its way.
+
+        vLLM's own expects that nothing is on its way, and ends the engine by an assertion when the answer comes. A new generation
+        makes it drop the late answer, as it does with one that comes after its request has gone.
+        """
+        for key in keys:
+            state = self._lookup_state.get(key)
+            if state is not None and state.phase is not LookupPhase.RESOLVED:
+                self._lookup_state[key] = replace(state, generation=self._next_generation)
+                self._next_generation += 1
+        super().mark_miss(keys)
 
     def batch_lookup(self, keys: Sequence[bytes], req_context: Any) -> Collection[bool]:
         """Asks the store, on the thread of vLLM's class."""
