@@ -32,6 +32,8 @@ from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
 from tandem_router.index import KvIndex
 
+pytestmark = pytest.mark.slow
+
 _WAIT_S = 60.0
 _BLOCK = 4
 _LIMITS = Limits(reply_s=0.5, backoff_s=0.02, backoff_limit_s=0.2, check_s=0.3)

@@ -10,6 +10,8 @@ import pytest
 from etcds import BINARY, Etcd
 from servers import tandem
 
+pytestmark = pytest.mark.slow
+
 
 def examine(run_dir: Path, *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit code, and the checks by name."""

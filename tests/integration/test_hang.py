@@ -17,6 +17,8 @@ from tritonclient.utils import InferenceServerException
 from calls import Call, collect, connect, responses
 from servers import Server, processes_with, serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 HANG_S = 6.0
 SEEN_WITHIN_S = HANG_S + 3.0
 """Two looks and the answer."""

@@ -18,6 +18,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from calls import Call, connect, text_of
 from servers import Server, get_json, serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 60.0
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"

@@ -11,6 +11,8 @@ from calls import Call, collect, connect, gather_bounded
 from prompts import BLOCK_SIZE, make_prompts
 from servers import Server, get_json, post_json, serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 PROMPT_TOKENS = 606
 FULL_BLOCKS = PROMPT_TOKENS // BLOCK_SIZE
 HOST_GB = 0.2

@@ -15,6 +15,8 @@ from kvbm_engine import BLOCK_SIZE, Answer, Engine
 from models import make_lively_model
 from s3s import S3, s3_server, tier_settings
 
+pytestmark = pytest.mark.slow
+
 TIE_LOGPROB = 1e-3
 TOKENS = 16
 DOCUMENT_BLOCKS = 6
@@ -115,4 +117,3 @@ def check_that_every_tier_worked(engine: Engine, scale: Scale) -> None:
     assert all(count > 0 for count in counts.values()), counts
     assert counts["kvbm_offload_blocks_d2h"] > max(scale.device, scale.host), counts
     assert engine.metric("kvbm_tier_corrupt") == 0
-    print(f"{scale}: {counts}")

@@ -13,6 +13,8 @@ from calls import Call, collect, connect
 from prompts import BLOCK_SIZE, make_prompts
 from servers import Server, post_json, serve, wait_for
 
+pytestmark = pytest.mark.slow
+
 PROMPT_TOKENS = 606
 FULL_BLOCKS = PROMPT_TOKENS // BLOCK_SIZE
 SIZES = ["--dtype", "float32", "--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "2048", "--routers", "0"]

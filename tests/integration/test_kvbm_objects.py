@@ -23,6 +23,8 @@ from tandem_kvbm.objects.store import ObjectStore
 from tandem_kvbm.store import MissingBlockError, StoreUnavailableError, Written
 from tandem_protocol.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 BLOCK_BYTES = 256 * 1024
 LAYOUT = b"layout of the tests"
 SLACK_S = 3.0

@@ -11,6 +11,8 @@ from router_process import OtherRouter, other_router
 from routers import LocalRouter, mocks, router, until
 from servers import get_text
 
+pytestmark = pytest.mark.slow
+
 SYNC = {"DYN_ROUTER_REPLICA_SYNC": "true"}
 LONG = 600
 """Tokens: some seconds of the mock's time."""

@@ -10,6 +10,8 @@ from models import make_tiny_model
 from routers import LocalRouter, Mocks, mocks, router, until
 from tandem_router.snapshot import unpack
 
+pytestmark = pytest.mark.slow
+
 Content = dict[str, set[tuple[int, ...]]]
 
 
