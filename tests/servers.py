@@ -51,8 +51,9 @@ class Server:
 
     @property
     def log(self) -> str:
-        """The server's log so far."""
-        return (self.run_dir / f"{self.http_port}.log").read_text(errors="replace")
+        """The server's log so far; empty if the launcher refused to start it."""
+        path = self.run_dir / f"{self.http_port}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def admin_url(self, worker: str) -> str:
         """The admin server of a worker."""
@@ -119,9 +120,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> floa
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` free consecutive ports, below the ephemeral range."""
+    """The first of `count` free consecutive ports, below the ephemeral range; free are those for KV-event replay 1000 above, too."""
     for first in range(21000 + os.getpid() % 97 * 40, 30000, 20):
-        if all(_is_free(first + i) for i in range(count)):
+        if all(_is_free(first + above + i) for i in range(count) for above in (0, 1000)):
             return first
     raise AssertionError("no free ports")
 
@@ -150,7 +151,8 @@ def serve(run_dir: Path, *arguments: str, cores: str = "", **environment: str) -
     first = free_ports(20)
     server = Server(run_dir, first, first + 1, first + 2)
     variables = {"DYN_SYSTEM_PORT": str(first + 3), "DYN_VLLM_KV_EVENT_PORT": str(first + 8),
-                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12), "TANDEM_ROUTER_ADMIN_PORT": str(first + 16)}
+                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(first + 12), "TANDEM_ROUTER_ADMIN_PORT": str(first + 16),
+                 "TANDEM_CONSOLIDATOR_PORT": str(first + 18), "TANDEM_CONSOLIDATOR_ADMIN_PORT": "0"}
     ports = ["--http-port", str(first), "--grpc-port", str(first + 1), "--metrics-port", str(first + 2)]
     started = tandem(run_dir, "serve", "--detach", *ports, *arguments, cores=cores, **{**variables, **environment})
     try:
