@@ -41,6 +41,13 @@ def test_the_container_of_tokens_does_not_matter() -> None:
     assert TOKENS.flags.writeable
 
 
+@pytest.mark.parametrize("token", [-1, 1 << 32])
+def test_token_ids_beyond_32_bits_are_no_tokens(token: int) -> None:
+    """A list of them is an error rather than the key of another prompt."""
+    with pytest.raises(OverflowError):
+        hash_blocks([token] * 16, 16)
+
+
 def test_keys_depend_on_every_token_before() -> None:
     """One changed token changes its block's key and all later ones, no earlier one."""
     changed = TOKENS.copy()

@@ -47,7 +47,7 @@ def block_keys(token_ids: list[int], block_size: int, request: GenerationRequest
     credit blocks of another image."""
     if request.images:
         return np.empty(0, dtype=np.uint64)
-    return hash_blocks(np.asarray(token_ids, dtype=np.uint32), block_size, salt_of(lora_of(request)))
+    return hash_blocks(token_ids, block_size, salt_of(lora_of(request)))
 
 
 def lora_of(request: GenerationRequest) -> str:
