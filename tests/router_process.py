@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A router in a process of its own, for tests that kill one. `python tests/router_process.py STORE WORKERS TOKENIZER [NAME=VALUE ...]`.
 
-Its first line says where it is; every line that it reads is a request to send: {"prompt": [...], "max_tokens": n}.
+Its first line says where it is; every line that it reads is a request to send: {"prompt": [...], "max_tokens": n}, or {} to abort all.
 """
 
 import json
@@ -27,8 +27,15 @@ class OtherRouter:
 
     def send(self, prompt: list[int], max_tokens: int) -> None:
         """Has it serve a request; nobody reads the answer."""
+        self._tell({"prompt": prompt, "max_tokens": max_tokens})
+
+    def abort(self) -> None:
+        """Has it abort every request that it was given here."""
+        self._tell({})
+
+    def _tell(self, call: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompt": prompt, "max_tokens": max_tokens}) + "\n")
+        self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()
 
     @property
@@ -59,9 +66,12 @@ def main(store: str, workers: str, tokenizer: str, *settings: str) -> None:
     """Serves until its input ends."""
     with router(store, int(workers), Path(tokenizer), **dict(item.split("=", 1) for item in settings)) as local:
         print(json.dumps({"name": local.router.name, "admin": local.admin}), flush=True)  # noqa: T201 - whoever started us reads it
-        for line in sys.stdin:
-            call = json.loads(line)
-            local.send(call["prompt"], max_tokens=call["max_tokens"])
+        for number, line in enumerate(sys.stdin):
+            if call := json.loads(line):
+                local.send(call["prompt"], f"request-{number}", max_tokens=call["max_tokens"])
+            else:
+                for earlier in range(number):
+                    local.router.abort(f"request-{earlier}")
 
 
 if __name__ == "__main__":

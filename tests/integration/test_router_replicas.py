@@ -11,11 +11,9 @@ from router_process import OtherRouter, other_router
 from routers import LocalRouter, mocks, router, until
 from servers import get_text
 
-pytestmark = pytest.mark.slow
-
 SYNC = {"DYN_ROUTER_REPLICA_SYNC": "true"}
-LONG = 600
-"""Tokens: some seconds of the mock's time."""
+LONG = 6000
+"""Tokens: longer than any test here takes, in the mock's time."""
 
 
 def prompt(seed: int) -> list[int]:
@@ -34,18 +32,28 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tokenizer") / "model")
 
 
-@pytest.fixture
-def workers(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Four workers; their discovery folder."""
-    with mocks(tmp_path, "--workers", "4", "--speedup", "1"):
-        yield tmp_path
+    folder = tmp_path_factory.mktemp("discovery")
+    with mocks(folder, "--workers", "4", "--speedup", "1"):
+        yield folder
 
 
-@pytest.fixture
-def other(workers: Path, tokenizer: Path) -> Iterator[OtherRouter]:
-    """The router that may be killed."""
+@pytest.fixture(scope="module")
+def living(workers: Path, tokenizer: Path) -> Iterator[OtherRouter]:
+    """A router in a process of its own; the last test kills it."""
     with other_router(workers, 4, tokenizer, **SYNC) as one:
         yield one
+
+
+@pytest.fixture
+def other(living: OtherRouter) -> Iterator[OtherRouter]:
+    """That router, with nothing in flight before and after."""
+    yield living
+    if living.process.poll() is None:
+        living.abort()
+        until(lambda: living.fleet["active"] == 0, "the requests of this test to be gone")
 
 
 @pytest.fixture
@@ -68,6 +76,31 @@ def test_a_router_places_around_what_the_other_one_placed(other: OtherRouter, lo
     local.router.fleet.generating.books.check_integrity()
 
 
+def test_a_late_router_learns_what_is_in_flight(workers: Path, other: OtherRouter, tokenizer: Path) -> None:
+    """And hears how it ends."""
+    for seed in range(3):
+        other.send(prompt(seed), LONG)
+    until(lambda: other.fleet["active"] == 3, "three requests in flight")
+    with router(workers, 4, tokenizer, **SYNC) as late:
+        until(lambda: sum(loads(late)) == 3, "the requests that were there before")
+        [state] = late.router.replicas.states()
+        assert (state.id, state.synced, state.requests) == (other.name, True, 3)
+        other.abort()
+        until(lambda: sum(loads(late)) == 0, "the end of them")
+        assert late.router.replicas.states()[0].lost == 0
+        assert f'tandem_router_replica{{replica="{other.name}",what="synced"}} 1.0' in get_text(f"{late.admin}/metrics")
+
+
+def test_routers_that_do_not_sync_ignore_each_other(workers: Path, other: OtherRouter, tokenizer: Path) -> None:
+    """The default."""
+    with router(workers, 4, tokenizer) as alone:
+        other.send(prompt(1), LONG)
+        until(lambda: other.fleet["active"] == 1, "a request in flight")
+        assert alone.router.replicas.states() == ()
+        assert alone.router.name not in {replica["id"] for replica in other.fleet["replicas"]}
+        assert loads(alone) == [0, 0, 0, 0]
+
+
 def test_a_killed_router_is_forgotten_and_ours_goes_on(other: OtherRouter, local: LocalRouter) -> None:
     """kill -9 with requests in flight at both: its load leaves the books, our streams end whole."""
     unbroken = [local.send(prompt(seed), max_tokens=150).text for seed in (11, 12)]
@@ -81,27 +114,3 @@ def test_a_killed_router_is_forgotten_and_ours_goes_on(other: OtherRouter, local
     assert [one.text for one in sent] == unbroken
     until(lambda: loads(local) == [0, 0, 0, 0], "empty books")
     local.router.fleet.generating.books.check_integrity()
-
-
-def test_a_late_router_learns_what_is_in_flight(workers: Path, other: OtherRouter, tokenizer: Path) -> None:
-    """And hears how it ends."""
-    for seed in range(3):
-        other.send(prompt(seed), 4 * LONG)  # for longer than it takes a router to start
-    until(lambda: other.fleet["active"] == 3, "three requests in flight")
-    with router(workers, 4, tokenizer, **SYNC) as late:
-        until(lambda: sum(loads(late)) == 3, "the requests that were there before")
-        [state] = late.router.replicas.states()
-        assert (state.id, state.synced, state.requests) == (other.name, True, 3)
-        until(lambda: sum(loads(late)) == 0, "the end of them")
-        assert late.router.replicas.states()[0].lost == 0
-        assert f'tandem_router_replica{{replica="{other.name}",what="synced"}} 1.0' in get_text(f"{late.admin}/metrics")
-
-
-def test_routers_that_do_not_sync_ignore_each_other(workers: Path, other: OtherRouter, tokenizer: Path) -> None:
-    """The default."""
-    with router(workers, 4, tokenizer) as alone:
-        other.send(prompt(1), 200)
-        until(lambda: other.fleet["active"] == 1, "a request in flight")
-        assert alone.router.replicas.states() == ()
-        assert other.fleet["replicas"] == []
-        assert loads(alone) == [0, 0, 0, 0]
