@@ -30,7 +30,8 @@ signal.pause()
 STUB = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from tandem_worker.guard import WORKER_TOKEN_VARIABLE, Ward, say_goodbye, start_guard
+from tandem_protocol.guard import say_goodbye
+from tandem_worker.guard import WORKER_TOKEN_VARIABLE, Ward, start_guard
 server, token, scratch, engine_code, shm_file = sys.argv[1:]
 guard = start_guard(Ward(int(server), os.getpid(), token, Path(scratch), 30.0))
 os.environ[WORKER_TOKEN_VARIABLE] = token

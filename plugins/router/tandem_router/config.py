@@ -226,6 +226,10 @@ class RouterSettings:
         env="TANDEM_ROUTER_CANCEL_POLL_S", default=0.1, parse=parse_float(0.01, 10), unit="s",
         help="How often clients are asked whether they went away; well within the second in which workers must be free again.",
     )
+    server_exit_timeout_s: float = setting(
+        env="TANDEM_SERVER_EXIT_TIMEOUT_S", default=30.0, parse=parse_float(1, DAY_S), unit="s",
+        help="After the router's stub died, how long tritonserver may take to exit before it is killed, so that a supervisor restarts it.",
+    )
 
     def __post_init__(self) -> None:
         if self.kv_overlap_score_weight is not None and self.router_prefill_load_scale != PREFILL_LOAD_SCALE:

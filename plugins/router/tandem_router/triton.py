@@ -2,14 +2,16 @@
 """The Triton Python model `router`: the tensors of a worker, served by whichever worker is cheapest.
 
 `execute` only parses and hands over, so that many requests are in flight on one instance. Each instance of the model is a process
-with an index and books of its own.
+with an index and books of its own, and with a guard that ends the server when the process dies without a word.
 """
 
 import json
+import os
 from typing import Any
 
 from tandem_protocol import tensors, triton
 from tandem_protocol.errors import TandemError
+from tandem_protocol.guard import say_goodbye, start_guard
 from tandem_protocol.requests import parse_request
 from tandem_protocol.roles import Role
 from tandem_protocol.triton import TritonSink
@@ -17,6 +19,8 @@ from tandem_router.config import load_settings
 from tandem_router.index import warm_up
 from tandem_router.overrides import split
 from tandem_router.router import Router
+
+_GOODBYE_TIMEOUT_S = 5.0
 
 
 class TritonPythonModel:
@@ -35,7 +39,8 @@ class TritonPythonModel:
             settings = load_settings(triton.parameters_of(json.loads(args["model_config"])))
             warm_up()  # compiled now, not within the first request
             self._router = Router(settings, _instance_index(args["model_instance_name"]))
-            self._router.start()
+            self._guard = start_guard(os.getppid(), os.getpid(), settings.server_exit_timeout_s)
+            self._start()
         except TandemError as exc:
             raise triton.load_failure(exc) from exc
 
@@ -46,6 +51,14 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Ends what is in flight, closes everything."""
         self._router.stop()
+        say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
+
+    def _start(self) -> None:
+        try:
+            self._router.start()
+        except BaseException:  # Triton fails the load and goes on: the guard must not take the end of this process for a death
+            say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
+            raise
 
     def _submit(self, request: Any, sink: TritonSink) -> None:
         parameters = triton.request_parameters(request)

@@ -18,11 +18,12 @@ from typing import Any
 from tandem_protocol import logs
 from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import ConfigError
+from tandem_protocol.guard import say_goodbye
 from tandem_worker.admin import AdminServer
 from tandem_worker.canary import Canary, Patience, canary_request
 from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import engine_environment, overridable
-from tandem_worker.guard import Ward, say_goodbye, start_guard
+from tandem_worker.guard import Ward, start_guard
 from tandem_worker.host import EngineHost
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
