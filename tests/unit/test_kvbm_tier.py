@@ -143,12 +143,20 @@ def test_a_block_goes_down_and_comes_back(bench: Bench) -> None:
     assert (counts["stored"], counts["loaded"], counts["hits"], counts["misses"]) == (2, 1, 1, 1)
 
 
+def test_a_block_that_was_written_anew_is_found_at_once(bench: Bench, clock: Clock) -> None:
+    """A load that failed keeps requests from its block for a while, but not from its successor."""
+    bench.job({1: 0}, load=True)
+    until(lambda: not all(result.success for result in bench.tier.get_finished_jobs()))
+    assert bench.store(1).success
+    assert bench.lookup(1) is LookupResult.HIT
+
+
 def test_a_partial_load_names_what_arrived_and_avoids_the_rest_for_a_while(bench: Bench, clock: Clock) -> None:
     bench.store(1)
     result = bench.result(bench.job({1: 5, 2: 6}, load=True))
     assert not result.success
     assert result.successful_keys == (key_of(1),)
-    bench.store(2)
+    bench.tier.store.write(key_of(2), memoryview(block_of(2)))  # by another worker
     assert bench.lookup(2) is LookupResult.MISS, "its load failed just now"
     clock.now += 11.0
     assert bench.lookup(2) is LookupResult.HIT

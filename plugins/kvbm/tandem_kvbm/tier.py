@@ -185,6 +185,8 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes a
         took_s, size = job.finished_s - job.submitted_s, len(moved) * self.block_size_bytes
         if not job.is_load:
             self.counters.add("expired_stores", job.expired)
+            for key in moved:  # written anew, the block is as good as any
+                self._avoided.pop(key, None)
             return JobResult(job.id, success=not job.expired, transfer_time=took_s, transfer_bytes=size)
         self.counters.add("expired_loads", job.expired)
         arrived = set(moved)
