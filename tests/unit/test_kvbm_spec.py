@@ -248,9 +248,13 @@ class FakeCore:
 
     def __init__(self, manager: KvbmManager, wrap: Callable[[Any], Any]) -> None:
         self.connector = OffloadingConnector.__new__(OffloadingConnector)
-        self.connector.connector_scheduler = SimpleNamespace(manager=manager, reset_cache=manager.reset_cache)
+        self.connector.connector_scheduler = SimpleNamespace(manager=manager, reset_cache=manager.reset_cache,
+                                                             take_events=manager.take_events)
         pool = SimpleNamespace(num_gpu_blocks=10, get_num_free_blocks=lambda: 7)
-        self.scheduler = SimpleNamespace(connector=wrap(self.connector), kv_cache_manager=SimpleNamespace(block_pool=pool))
+        blocks = SimpleNamespace(block_pool=pool, take_events=lambda: None)
+        self.published: list[Any] = []
+        publisher = SimpleNamespace(publish=lambda batch: self.published.extend(batch.events))
+        self.scheduler = SimpleNamespace(connector=wrap(self.connector), kv_cache_manager=blocks, kv_event_publisher=publisher)
 
     def reset_prefix_cache(self, running: bool, connector: bool) -> bool:
         """Refuses, as vLLM does while requests run."""
@@ -260,8 +264,10 @@ class FakeCore:
 @pytest.fixture(params=["alone", "in a MultiConnector"])
 def core(request: pytest.FixtureRequest, manager: KvbmManager) -> FakeCore:
     """An engine with our connector."""
-    wrap = (lambda own: own) if request.param == "alone" else (lambda own: SimpleNamespace(_connectors=[object(), own]))
-    return FakeCore(manager, wrap)
+    def several(own: Any) -> Any:
+        return SimpleNamespace(_connectors=[object(), own], take_events=own.take_events)
+
+    return FakeCore(manager, several if "Multi" in request.param else lambda own: own)
 
 
 def test_the_status_tells_each_tier(core: FakeCore, manager: KvbmManager) -> None:
@@ -280,6 +286,17 @@ def test_one_tier_is_reset(core: FakeCore, manager: KvbmManager) -> None:
     assert control.serve(core, "reset", "G2") == {"tier": "G2", "reset": True, "blocks": 1}
     assert manager.host_blocks_used == 0
     assert control.serve(core, "reset", "G1") == {"tier": "G1", "reset": False}
+
+
+def test_a_reset_is_told_at_once(core: FakeCore, manager: KvbmManager) -> None:
+    """An idle engine makes no step after which its events would go out."""
+    store(manager, request(manager), 1)
+    told = [event.removed for event in manager.take_events()]
+    assert told == [False]
+    control.serve(core, "reset", "G2")
+    assert [event.removed for event in core.published] == [True]
+    control.serve(core, "reset", "G2")
+    assert len(core.published) == 1
 
 
 @pytest.mark.parametrize(("command", "tier", "message"),

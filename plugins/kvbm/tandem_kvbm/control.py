@@ -8,8 +8,10 @@ call reaches the worker ranks only, and `reset_prefix_cache(reset_connector=True
 Answers are plain dicts, since that is what vLLM carries between its processes.
 """
 
+import time
 from typing import Any
 
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
 from tandem_kvbm.manager import KvbmManager
@@ -32,7 +34,9 @@ def serve(core: Any, command: str, tier: str) -> dict[str, Any]:
     if command == "status":
         return status(core, manager)
     if command == "reset":
-        return {"tier": tier, **_reset(core, connector, manager, Level(tier))}
+        done = _reset(core, connector, manager, Level(tier))
+        _publish(core.scheduler)
+        return {"tier": tier, **done}
     raise ValueError(f"unknown command {command!r}: status or reset")
 
 
@@ -68,6 +72,13 @@ def _reset(core: Any, connector: OffloadingConnector, manager: KvbmManager, leve
         if own is level:
             return {"reset": True, "blocks": tier.reset()}
     raise ValueError(f"this engine has no tier {level}")
+
+
+def _publish(scheduler: Any) -> None:
+    """Tells the KV events that wait. vLLM does so after a step, but an idle engine makes none, and routers would go on believing."""
+    events = [*(scheduler.kv_cache_manager.take_events() or ()), *(scheduler.connector.take_events() or ())]
+    if events:
+        scheduler.kv_event_publisher.publish(KVEventBatch(ts=time.time(), events=events))
 
 
 def _find(core: Any) -> tuple[OffloadingConnector, KvbmManager]:
