@@ -13,24 +13,32 @@ from aiohttp import web
 
 from fake_triton import FakeModel, FakeTriton
 from tandem_cli import status
-from tandem_cli.status import Health, ModelStatus, collect, parse_health, plain_table
+from tandem_cli.status import COLUMNS, Health, ModelStatus, collect, collect_routing, parse_health, plain_table
+from tandem_cli.status_fleet import RouterFleet, parse_fleet
 from tandem_protocol.errors import UnavailableError
 
 BODY: dict[str, Any] = {
     "status": "ready", "model": "decode", "role": "decode", "active": 3, "running": 2, "waiting": 1, "kv_usage": 0.256, "step_s": 0.01,
 }
 WORKER = {"role": "decode", "worker_index": "0"}
+LOAD = {"active_requests": 2, "active_prefill_tokens": 130.0, "active_blocks": 17.5, "total_blocks": 1000, "index_blocks": 640}
+PLACE = {"grpc_url": "h:8001", "triton_model": "vllm", "admin_url": "http://h:8081"}
+FLEET: dict[str, Any] = {
+    "router": "host-1", "ready": True, "model": "m", "active": 2, "replicas": [],
+    "workers": [{"id": "w0", "role": "aggregated", "state": "ready", "placed": True, "reason": "", **PLACE, **LOAD},
+                {"id": "w1", "role": "aggregated", "state": "draining", "placed": False, "reason": "it is draining", **PLACE, **LOAD}],
+}
 
 
 @asynccontextmanager
 async def admin_server(body: Any, code: int = 200) -> AsyncIterator[int]:
-    """An admin server that answers /health with this; yields its port."""
+    """An admin server, of a worker or of a router, that answers with this; yields its port."""
 
-    async def health(_: web.Request) -> web.Response:
+    async def answer(_: web.Request) -> web.Response:
         return web.json_response(body, status=code)
 
     app = web.Application()
-    app.add_routes([web.get("/health", health)])
+    app.add_routes([web.get("/health", answer), web.get("/fleet", answer)])
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -105,7 +113,7 @@ async def test_kinds_are_told_apart() -> None:
 async def test_json_is_one_object_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     """Scripts read everything that the table leaves out."""
     async with FakeTriton({"disagg": FakeModel(steps=("decode",)), "vllm": FakeModel(state="LOADING")}) as server:
-        code = await asyncio.to_thread(status.run, argparse.Namespace(url=server.url, admin_port=1, json=True))
+        code = await asyncio.to_thread(status.run, argparse.Namespace(url=server.url, admin_port=1, router_admin_port=1, json=True))
     shown = json.loads(capsys.readouterr().out)
     assert code == 0
     assert [(row["model"], row["serves"], row["reason"]) for row in shown["models"]] == [("disagg", True, None), ("vllm", False, "loading")]
@@ -116,7 +124,7 @@ async def test_nothing_ready_is_an_error_after_the_table(models: dict[str, FakeM
     """A script that waits for a server goes by the exit code; the table is there all the same."""
     async with FakeTriton(models) as server:
         with pytest.raises(UnavailableError, match="no model is ready"):
-            await asyncio.to_thread(status.run, argparse.Namespace(url=server.url, admin_port=1, json=False))
+            await asyncio.to_thread(status.run, argparse.Namespace(url=server.url, admin_port=1, router_admin_port=1, json=False))
     assert capsys.readouterr().out.startswith("model")
 
 
@@ -124,7 +132,7 @@ def test_table_is_aligned() -> None:
     """Columns start at the same place in each line."""
     health = Health("ready", "vllm", "aggregated", 12, 10, 2, 1.0)
     rows = [ModelStatus("vllm", ready=True, kind="worker", role="aggregated", health=health), ModelStatus("a-long-name", ready=False)]
-    assert plain_table(rows).splitlines() == [
+    assert plain_table(COLUMNS, [row.cells for row in rows]).splitlines() == [
         "model        kind    role        ready  running  waiting  KV use",
         "vllm         worker  aggregated  ready  10       2        100%",
         "a-long-name  -       -           no     -        -        -",
@@ -142,3 +150,57 @@ def test_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_health_ignores_fields_of_later_versions() -> None:
     """A newer worker may tell more."""
     assert parse_health(json.dumps({**BODY, "new": {}}).encode()) == Health("ready", "decode", "decode", 3, 2, 1, 0.256)
+
+
+async def run_json(models: dict[str, FakeModel], router_port: int, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `--json` prints."""
+    async with FakeTriton(models) as server:
+        arguments = argparse.Namespace(url=server.url, admin_port=1, router_admin_port=router_port, json=True)
+        await asyncio.to_thread(status.run, arguments)
+    return dict(json.loads(capsys.readouterr().out))
+
+
+async def test_the_fleet_of_a_router_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whom it places on and whom not, with load and index."""
+    async with admin_server(FLEET) as port, FakeTriton({"router": FakeModel()}) as server:
+        arguments = argparse.Namespace(url=server.url, admin_port=1, router_admin_port=port, json=False)
+        await asyncio.to_thread(status.run, arguments)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "",
+        "router host-1 (ready) of m: 2 requests in flight, 1 of 2 workers placed",
+        "worker  role        state     placed               requests  prefill tokens  KV blocks  index blocks  address",
+        "w0      aggregated  ready     yes                  2         130             18/1000    640           h:8001 vllm",
+        "w1      aggregated  draining  no (it is draining)  2         130             18/1000    640           h:8001 vllm",
+    ]
+
+
+async def test_json_has_the_fleet_of_the_router_or_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """And null where the server has no router."""
+    async with admin_server(FLEET) as port:
+        shown = await run_json({"router": FakeModel()}, port, capsys)
+    assert shown["router"]["reason"] is None
+    assert [(worker["id"], worker["placed"], worker["index_blocks"]) for worker in shown["router"]["fleet"]["workers"]] == [
+        ("w0", True, 640), ("w1", False, 640),
+    ]
+    unreachable = await run_json({"router": FakeModel()}, port, capsys)
+    assert unreachable["router"]["fleet"] is None
+    assert "does not answer" in unreachable["router"]["reason"]
+    assert (await run_json({"resnet": FakeModel()}, port, capsys))["router"] is None
+
+
+@pytest.mark.parametrize("body", [{}, [], {**FLEET, "workers": [{"id": "w0"}]}, BODY])
+async def test_another_program_on_the_routers_admin_port_is_told_apart(body: Any) -> None:
+    """A worker's admin server, for instance."""
+    async with admin_server(body) as port:
+        routing = await collect_routing("127.0.0.1", port)
+    assert routing.fleet is None
+    assert "another program" in str(routing.reason)
+
+
+def test_a_fleet_with_replicas_and_fields_of_later_versions() -> None:
+    """A newer router may tell more."""
+    replica = {"id": "host-2", "synced": True, "requests": 4, "lost": 0}
+    fleet = parse_fleet(json.dumps({**FLEET, "replicas": [replica], "new": 1}).encode())
+    assert isinstance(fleet, RouterFleet)
+    assert [(one.id, one.requests) for one in fleet.replicas] == [("host-2", 4)]
+    assert fleet.title.endswith("other routers: 1")

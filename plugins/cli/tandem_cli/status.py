@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tandem status`: which models a server has, whether they serve, and how busy their workers are.
+"""`tandem status`: which models a server has, whether they serve, how busy their workers are, and whom its router places on.
 
-Triton says which models are loaded; load and health come from the workers' admin servers, which are on loopback unless
-told otherwise, so from another host those columns are empty.
+Triton says which models are loaded; load and health come from the admin servers of workers and router, which are on loopback
+unless told otherwise, so from another host those columns are empty.
 """
 
 import argparse
@@ -16,7 +16,10 @@ from typing import Any
 
 import aiohttp
 
+from tandem_cli import status_fleet
 from tandem_cli.client import CONTROL_TIMEOUT_S, GenerationClient, IndexEntry
+from tandem_cli.serve.fleet import ROUTER
+from tandem_cli.status_fleet import RouterFleet, fetch_fleet, fleet_json, fleet_rows
 from tandem_protocol.errors import TandemError, UnavailableError
 
 COLUMNS = ("model", "kind", "role", "ready", "running", "waiting", "KV use")
@@ -67,23 +70,48 @@ class ModelStatus:
         return f"no ({self.reason})" if self.reason else "no"
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What the server's router says of its workers, or why it says nothing."""
+
+    fleet: RouterFleet | None = None
+    reason: str | None = None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--url", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
     parser.add_argument("--admin-port", type=int, default=8081, help="admin port of worker 0; worker n adds n to it (default: 8081)")
+    parser.add_argument("--router-admin-port", type=int, default=8079, help="admin port of the router's first instance (default: 8079)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand. Raises UnavailableError, after printing, when nothing serves."""
-    rows = asyncio.run(collect(args.url, args.admin_port))
+    rows, routing = asyncio.run(_collect_all(args.url, args.admin_port, args.router_admin_port))
     if args.json:
-        print(json.dumps({"url": args.url, "models": [{**dataclasses.asdict(row), "serves": row.serves} for row in rows]}))
+        print(json.dumps(_to_json(args.url, rows, routing)))
     else:
         _show(rows)
+        _show_routing(routing)
     if not any(row.serves for row in rows):
         raise UnavailableError(f"no model is ready at {args.url}: wait if the engines are still starting, else look at the server's log")
     return 0
+
+
+async def _collect_all(url: str, admin_port: int, router_port: int) -> tuple[list[ModelStatus], Routing | None]:
+    rows = await collect(url, admin_port)
+    served = any(row.model == ROUTER and row.ready for row in rows)
+    return rows, await collect_routing(url.rpartition(":")[0], router_port) if served else None
+
+
+async def collect_routing(host: str, port: int) -> Routing:
+    """Asks a router's admin server for its fleet."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)) as http:
+        try:
+            return Routing(await fetch_fleet(http, f"http://{host}:{port}"))
+        except ValueError as exc:
+            return Routing(reason=str(exc))
 
 
 async def collect(url: str, admin_port: int) -> list[ModelStatus]:
@@ -136,22 +164,45 @@ def parse_health(body: bytes) -> Health:
         raise ValueError(f"/health is not a worker's answer ({exc!r}): another program may hold the admin port") from exc
 
 
+def _to_json(url: str, rows: Sequence[ModelStatus], routing: Routing | None) -> dict[str, Any]:
+    """`router` is null where the server has none that is ready."""
+    models = [{**dataclasses.asdict(row), "serves": row.serves} for row in rows]
+    router = routing and {"fleet": routing.fleet and fleet_json(routing.fleet), "reason": routing.reason}
+    return {"url": url, "models": models, "router": router}
+
+
 def _show(rows: Sequence[ModelStatus]) -> None:
+    _show_table(COLUMNS, [row.cells for row in rows], [row.serves for row in rows])
+
+
+def _show_routing(routing: Routing | None) -> None:
+    if routing is None:
+        return
+    print()
+    if routing.fleet is None:
+        print(f"the router's fleet is not known: {routing.reason}")
+        return
+    print(routing.fleet.title)
+    _show_table(status_fleet.COLUMNS, fleet_rows(routing.fleet), [worker.placed for worker in routing.fleet.workers])
+
+
+def _show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], good: Sequence[bool]) -> None:
+    """Rows that are not `good` are red at a terminal."""
     if not sys.stdout.isatty():
-        print(plain_table(rows))
+        print(plain_table(columns, rows))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row.cells), style=None if row.serves else "red")
+    table = Table(*columns)
+    for row, fine in zip(rows, good, strict=True):
+        table.add_row(*(Text(cell) for cell in row), style=None if fine else "red")
     Console().print(table)
 
 
-def plain_table(rows: Sequence[ModelStatus]) -> str:
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with blanks."""
-    lines = [COLUMNS, *(row.cells for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    lines = [columns, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
