@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "generate": Subcommand("tandem_cli.generate", "answer one prompt"),
     "chat": Subcommand("tandem_cli.chat", "hold a conversation"),
     "route": Subcommand("tandem_cli.route", "explain where the router would send a prompt"),
+    "lora": Subcommand("tandem_cli.lora", "load, unload and list LoRA adapters"),
     "doctor": Subcommand("tandem_cli.doctor.command", "look whether this host can serve"),
     "status": Subcommand("tandem_cli.status", "show models and workers"),
 }
