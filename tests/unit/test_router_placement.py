@@ -202,6 +202,13 @@ def test_only_ready_workers_of_the_role_take_part() -> None:
         placed.choose(request())
 
 
+def test_an_adapter_that_no_prefill_worker_has_is_prefilled_by_decode() -> None:
+    """Prefill is given up, not the request."""
+    placed = placement([worker("p0", role=Role.PREFILL)])
+    with pytest.raises(UnavailableError, match="LoRA adapter 'sql' is on no worker"):
+        placed.choose(request(lora="sql"))
+
+
 def test_another_block_size_is_refused_with_the_fix() -> None:
     """Its keys would never match, which looks like a cold cache for ever."""
     placed = placement([worker("w0")])

@@ -192,7 +192,7 @@ class Placement:
             raise UnavailableError(self._nobody())
         positions = self._pool.everyone
         if request.lora:
-            positions = self._pool.with_lora(request.lora)
+            positions = self._with_lora(request.lora)
         if request.worker_id:
             return self._pinned(request, positions)
         if request.exclude or self._down:
@@ -201,6 +201,15 @@ class Placement:
             raise UnavailableError(f"no {self._role} worker is left that could take the request: {self._absent(request.exclude)}; "
                                    "retry later or start another worker")
         return self._free_of(positions) if self.thresholds.any_set else positions
+
+    def _with_lora(self, lora: str) -> NDArray[np.int64]:
+        """Of prefill workers none is needed: the decode worker, which has the adapter, computes the prompt by itself."""
+        try:
+            return self._pool.with_lora(lora)
+        except RequestError as exc:
+            if self._role is Role.PREFILL:
+                raise UnavailableError(str(exc)) from exc
+            raise
 
     def _pinned(self, request: RouteRequest, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         worker_id = request.worker_id
