@@ -6,6 +6,7 @@
 #   two       2 GPUs: SmolLM2-135M and an 8B shape, aggregated on one GPU against prefill on one and decode on the other
 #   same-gpu  1 GPU:  prefill and decode on it, with UCX's default, with reads by CUDA IPC, and under MPS
 #   kvbm      1 GPU:  benchmarks.kvbm, an 8B shape
+#   sleep     1 GPU:  benchmarks.gpu.sleep, SmolLM2-135M: aggregated, prefill and decode sleep and wake
 # TANDEM_GPU_VENV  the environment (default /opt/tandem)     BUDGET_S  seconds for everything (default 570)
 # Each stage leaves three files in OUT: STAGE.jsonl (one report a line), STAGE.log (progress), STAGE.tar.gz (all logs).
 # A benchmark that fails is noted and the stage goes on; the exit code is then 1.
@@ -94,6 +95,10 @@ _stage_kvbm() {
   _bench kvbm llama-8b-shape 900
 }
 
+_stage_sleep() {
+  CUDA_VISIBLE_DEVICES=0 _bench gpu.sleep smollm2 240 --model "$small"
+}
+
 # Lets kernels of both engines run side by side instead of in turns. Only a daemon of ours: the GPU's compute mode stays as it is.
 _bench_under_mps() {
   if ! command -v nvidia-cuda-mps-control > /dev/null; then _say "mps: left out, there is no nvidia-cuda-mps-control"; return; fi
@@ -110,10 +115,10 @@ _bench_under_mps() {
 
 _main() {
   local stage small
-  [ $# -gt 0 ] || { sed -n '3,11p' benchmarks/gpu/run.sh; exit 2; }
+  [ $# -gt 0 ] || { sed -n '3,12p' benchmarks/gpu/run.sh; exit 2; }
   [ -n "$out" ] || { echo "run.sh: set OUT to the folder for the results" >&2; exit 2; }
   for stage in "$@"; do
-    case "$stage" in one | two | same-gpu | kvbm) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu or kvbm" >&2; exit 2 ;; esac
+    case "$stage" in one | two | same-gpu | kvbm | sleep) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm or sleep" >&2; exit 2 ;; esac
   done
   _environment
   mkdir -p "$out"

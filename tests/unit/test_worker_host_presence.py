@@ -30,6 +30,11 @@ class RecordingPresence:
         if state is WorkerState.DEAD:
             self.dead.set()
 
+    async def settle(self, state: WorkerState, timeout_s: float) -> bool:
+        """Discovery is quick here."""
+        self.told.append(f"settled {state.value}")
+        return True
+
     async def leave(self) -> None:
         """On the event loop."""
         self.told.append("left")
@@ -112,3 +117,29 @@ def test_an_unwell_worker_is_not_placed_until_it_is_well(host: EngineHost) -> No
 
 async def _status(host: EngineHost) -> tuple[str, str | None]:
     return host.status().state.value, host.status().reason
+
+
+def test_a_worker_retires_before_it_refuses(host: EngineHost) -> None:
+    """Routers know of the drain while requests that are on their way are still taken."""
+    presence = announce(host)
+    host.run(host.retire()).result(WAIT_S)
+    assert (host.state, presence.told) == (WorkerState.READY, ["ready", "draining", "settled draining"])
+
+
+def test_a_sleeping_worker_is_told_and_sends_itself_nothing(host: EngineHost, engine: Any) -> None:
+    """No canary may wait in a paused engine, and what waits there is no hang; a lost engine is not woken."""
+    presence = announce(host)
+
+    async def enter(state: WorkerState) -> tuple[bool, bool]:
+        return host.enter(state, "level 1"), host.generator.load.asleep
+
+    assert host.run(enter(WorkerState.ASLEEP)).result(WAIT_S) == (True, True)
+    assert (host.idle_s(), host.status().reason) == (0.0, "level 1")
+    assert host.run(host.drain(1)).result(WAIT_S) == 0
+    assert host.state is WorkerState.ASLEEP
+    assert host.run(enter(WorkerState.READY)).result(WAIT_S) == (True, False)
+    host.run(enter(WorkerState.ASLEEP)).result(WAIT_S)
+    engine.errored = True
+    assert presence.dead.wait(WAIT_S)
+    assert host.run(enter(WorkerState.READY)).result(WAIT_S)[0] is False
+    assert presence.told == ["ready", "asleep", "ready", "asleep", "dead"]

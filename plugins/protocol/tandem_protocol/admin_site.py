@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The listening end of every admin server. The only module of the protocol that knows aiohttp."""
 
+import json
 import socket
+from typing import Any
 
 from aiohttp import web
 
@@ -32,3 +34,21 @@ class AdminSite:
     async def stop(self) -> None:
         """Closes the server."""
         await self._runner.cleanup()
+
+
+async def json_object(request: web.Request) -> dict[str, Any]:
+    """The body as a JSON object; empty for no body. Raises HTTPBadRequest with a sentence."""
+    if not await request.read():
+        return {}
+    try:
+        body = await request.json()
+    except ValueError as exc:
+        raise bad_request(f"the body is not JSON: {exc}") from exc
+    if not isinstance(body, dict):
+        raise bad_request("the body must be a JSON object")
+    return body
+
+
+def bad_request(message: str) -> web.HTTPBadRequest:
+    """To be raised: 400 with `{"error": message}`."""
+    return web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json")

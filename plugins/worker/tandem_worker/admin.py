@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin server of one worker: `/live`, `/health`, `/metrics`, `POST /engine/abort`, `POST /engine/drain`, and `/kvbm`.
+"""The admin server of one worker: `/live`, `/health`, `/metrics`, `POST /engine/abort`, `POST /engine/drain`, and `/kvbm`;
+the routes of sleep are in `sleep_admin`.
 
 It runs on the engine's event loop and listens on loopback by default: whoever reaches it can drain the worker.
 """
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from aiohttp import web
 from prometheus_client import REGISTRY, generate_latest
 
-from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
+from tandem_protocol.admin_site import METRICS_TYPE, AdminSite, bad_request, json_object
 from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_worker.status import WorkerState, WorkerStatus
 
@@ -45,13 +45,13 @@ class AdminServer:
     """Serves the admin routes of one worker."""
 
     def __init__(self, host: Host, model_name: str, drain_timeout_s: float,
-                 models: Callable[[], Awaitable[dict[str, str]]] = _no_models) -> None:
-        """`models` tells the state of each model that Triton holds, by name; empty where Triton doesn't answer."""
+                 models: Callable[[], Awaitable[dict[str, str]]] = _no_models, routes: Iterable[web.RouteDef] = ()) -> None:
+        """`models` tells the state of each model that Triton holds, by name; empty where Triton doesn't answer. `routes`: further ones."""
         self._host = host
         self._model_name = model_name
         self._drain_timeout_s = drain_timeout_s
         self._models = models
-        self._site = AdminSite(self._application())
+        self._site = AdminSite(self._application(routes))
 
     async def start(self, address: str, port: int) -> int:
         """Listens; returns the port, which differs from `port` only for 0. Raises ConfigError when it is taken."""
@@ -61,7 +61,7 @@ class AdminServer:
         """Closes the server."""
         await self._site.stop()
 
-    def _application(self) -> web.Application:
+    def _application(self, routes: Iterable[web.RouteDef]) -> web.Application:
         app = web.Application(client_max_size=_MAX_BODY)
         app.add_routes([
             web.get("/live", self._live),
@@ -71,6 +71,7 @@ class AdminServer:
             web.post("/engine/drain", self._drain),
             web.get("/kvbm", self._kvbm_status),
             web.post("/kvbm", self._kvbm_reset),
+            *routes,
         ])
         return app
 
@@ -89,26 +90,26 @@ class AdminServer:
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        body = await _json_object(request)
+        body = await json_object(request)
         request_id = body.get("request_id")
         if not isinstance(request_id, str) or not request_id:
-            raise _bad_request('send {"request_id": "..."}, the id that the client gave its request')
+            raise bad_request('send {"request_id": "..."}, the id that the client gave its request')
         return web.json_response({"aborted": await self._host.abort(request_id)})
 
     async def _drain(self, request: web.Request) -> web.Response:
-        body = await _json_object(request)
+        body = await json_object(request)
         timeout_s = body.get("timeout_s", self._drain_timeout_s)
         if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 <= timeout_s <= 86_400:
-            raise _bad_request("timeout_s must be a number of seconds from 0 to 86400")
+            raise bad_request("timeout_s must be a number of seconds from 0 to 86400")
         return web.json_response({"aborted": await self._host.drain(float(timeout_s))})
 
     async def _kvbm_status(self, _: web.Request) -> web.Response:
         return await self._kvbm("status", "")
 
     async def _kvbm_reset(self, request: web.Request) -> web.Response:
-        tier = (await _json_object(request)).get("reset")
+        tier = (await json_object(request)).get("reset")
         if tier not in _TIERS:
-            raise _bad_request(f'send {{"reset": "G2"}}, one of {", ".join(_TIERS)}')
+            raise bad_request(f'send {{"reset": "G2"}}, one of {", ".join(_TIERS)}')
         return await self._kvbm("reset", tier)
 
     async def _kvbm(self, command: str, tier: str) -> web.Response:
@@ -118,19 +119,3 @@ class AdminServer:
             return web.json_response({"error": str(exc)}, status=404)
         except UnavailableError as exc:
             return web.json_response({"error": str(exc)}, status=503)
-
-
-async def _json_object(request: web.Request) -> dict[str, Any]:
-    if not await request.read():
-        return {}
-    try:
-        body = await request.json()
-    except ValueError as exc:
-        raise _bad_request(f"the body is not JSON: {exc}") from exc
-    if not isinstance(body, dict):
-        raise _bad_request("the body must be a JSON object")
-    return body
-
-
-def _bad_request(message: str) -> web.HTTPBadRequest:
-    return web.HTTPBadRequest(text=json.dumps({"error": message}), content_type="application/json")

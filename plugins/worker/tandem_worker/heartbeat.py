@@ -97,7 +97,7 @@ class HangWatch:
 
     async def look(self) -> str | None:
         """One look; processor time is read, off the loop, only for an engine that stands still."""
-        steps, in_engine = self._load.steps, self._load.in_engine
+        steps, in_engine = self._load.steps, 0 if self._load.asleep else self._load.in_engine
         if self._heartbeat.stands_still(steps, in_engine):
             self._cpu_s = await asyncio.to_thread(self._engine_cpu_s)
         return self._heartbeat.look(Pulse(time.monotonic(), steps, in_engine, self._cpu_s))

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.25
 _STOP_TIMEOUT_S = 10.0
+_SETTLE_TIMEOUT_S = 5.0
+"""How long discovery may take to hold a new state before the worker goes on without it."""
 _DUMP_S = 1.0
 """Between the request for stacks and the end of who prints them; also a supervisor's chance to see the reason on `/live`."""
 _ENGINE_STOP_TIMEOUT_S = 3.0
@@ -113,7 +115,8 @@ class EngineHost:
 
     def idle_s(self) -> float:
         """For how long no request has been in flight."""
-        return 0.0 if self._active else time.monotonic() - self._idle_since
+        awake = self.state in {WorkerState.READY, WorkerState.UNWELL}  # a canary would wait in a sleeping engine
+        return time.monotonic() - self._idle_since if awake and not self._active else 0.0
 
     def judge(self, reason: str | None) -> None:
         """Takes why the worker is unwell, or None when it is well again; says nothing of a worker in another state. On the event loop."""
@@ -123,6 +126,21 @@ class EngineHost:
         self._reason = reason
         if self.state is not wanted:
             self.state = wanted
+
+    async def retire(self) -> None:
+        """Leaves placement before anything else changes: routers see a draining worker while it still takes what is on its way."""
+        self._presence.follow(WorkerState.DRAINING)
+        if not await self._presence.settle(WorkerState.DRAINING, _SETTLE_TIMEOUT_S):
+            log.warning("worker.retire_unseen: discovery did not take the change within %g s", _SETTLE_TIMEOUT_S)
+
+    def enter(self, state: WorkerState, reason: str | None = None) -> bool:
+        """Goes into a state unless the engine is lost or the worker stops; whether it did. On the event loop."""
+        if self._lost:
+            return False
+        self._reason = reason
+        self.generator.load.asleep = state is WorkerState.ASLEEP
+        self.state = state
+        return True
 
     async def abort(self, request_id: str, error: TandemError | None = None) -> int:
         """Aborts every request in flight with this client request id; returns how many there were."""

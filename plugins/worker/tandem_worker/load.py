@@ -22,6 +22,8 @@ class EngineLoad:
     """Steps that the engine has told of since its start: its pulse."""
     in_engine: int = 0
     """Requests that were handed to the engine and have not ended; counted by whoever hands them over."""
+    asleep: bool = False
+    """The engine was told to pause, so that work in it says nothing of its health."""
     now: Callable[[], float] = time.monotonic
     _last_step: float = field(default=0.0, repr=False)
 

@@ -16,6 +16,8 @@ class WorkerState(StrEnum):
     UNWELL = "unwell"
     """A canary request was late or failed (`canary`); the next good one makes it ready again."""
     DRAINING = "draining"
+    ASLEEP = "asleep"
+    """Told to sleep (`sleep`); `/engine/wake_up` makes it ready again."""
     DEAD = "dead"
     HUNG = "hung"
     """The engine lives but does nothing (`heartbeat`); the server is about to exit."""

@@ -12,7 +12,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from tandem_protocol import tensors, triton
-from tandem_protocol.errors import TandemError
+from tandem_protocol.errors import TandemError, UnavailableError
 from tandem_protocol.requests import parse_request
 from tandem_protocol.triton import TritonSink
 from tandem_worker.config import WorkerSettings, load_settings
@@ -61,6 +61,8 @@ class TritonPythonModel:
         self._worker.stop()
 
     def _submit(self, request: Any, sink: TritonSink) -> None:
+        if self._host is None:
+            raise UnavailableError("this worker was only to be checkpointed, and its server ends: ask another")
         parameters = triton.request_parameters(request)
         if tensors.ABORT_PARAMETER in parameters:
             self._host.run(self._host.abort(str(parameters[tensors.ABORT_PARAMETER]))).result(_ABORT_TIMEOUT_S)
