@@ -13,11 +13,12 @@ from fakes import WAIT_S
 from tandem_protocol.admin_site import AdminSite
 from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_worker.lora.adapter import Adapter, AdapterConflictError, UnknownAdapterError, lora_id
-from tandem_worker.lora.adapters import LOADS, Adapters, Limits
+from tandem_worker.lora.adapters import LOADS, Adapters
 from tandem_worker.lora.deadline import Deadline
 from tandem_worker.lora.routes import lora_routes
 from tandem_worker.lora.source import Source
 from tandem_worker.lora.store import Copy
+from tandem_worker.lora.terms import Limits
 
 LIMITS = Limits(enabled=True, load_timeout_s=WAIT_S, unload_timeout_s=WAIT_S, most=3)
 FRENCH = {"lora_name": "fr", "source": {"uri": "file:///fr"}}
@@ -116,7 +117,7 @@ async def test_concurrent_loads_of_one_name_load_once(adapters: Adapters, engine
     assert (source.fetched, engine.adds) == (["file:///fr"], 1)
     after = {outcome: LOADS.labels(outcome)._value.get() for outcome in ("loaded", "present")}
     assert (after["loaded"] - before["loaded"], after["present"] - before["present"]) == (1, 19)
-    assert adapters._locks == {}
+    assert len(adapters._turns) == 0
 
 
 async def test_other_names_do_not_wait(adapters: Adapters, source: FakeSource) -> None:
@@ -226,6 +227,22 @@ async def test_listed_adapters_are_loaded_at_their_first_use(adapters: Adapters,
 
     await asyncio.gather(*(use() for _ in range(5)))
     assert engine.adds == 2
+
+
+async def test_a_sleeping_engine_is_left_alone(adapters: Adapters, engine: FakeEngine) -> None:
+    """Neither loads nor unloads; after waking, each adapter is loaded again at its next use."""
+    state = "asleep"
+    await adapters.load("fr", "file:///fr")
+    adapters.rest_while(lambda: state)
+    for change in (adapters.load("de", "file:///de"), adapters.unload("fr")):
+        with pytest.raises(UnavailableError, match="the worker is asleep"):
+            await change
+    assert adapters.names == ("doll", "fr")
+    state = ""
+    await adapters.bring_again()
+    assert engine.held == {}
+    async with adapters.using("fr"):
+        assert engine.held == {lora_id("fr"): "/fr"}
 
 
 async def test_what_is_taken(adapters: Adapters) -> None:

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from prometheus_client import Counter, Gauge
 
@@ -21,62 +20,22 @@ from tandem_worker.lora.adapter import Adapter, AdapterConflictError, UnknownAda
 from tandem_worker.lora.deadline import Deadline
 from tandem_worker.lora.source import Source, parse_source
 from tandem_worker.lora.store import Copy
+from tandem_worker.lora.terms import CopySource, Limits, Loaded, LoraEngine
+from tandem_worker.lora.turns import Turns
+from tandem_worker.status import WorkerState
 
 log = logging.getLogger(__name__)
 
 _THREADS = 2
 _MOST_PENDING = 64
 _CLOSE_TIMEOUT_S = 5.0
+CHANGEABLE = frozenset({WorkerState.STARTING, WorkerState.READY, WorkerState.UNWELL})
+"""States of a worker in which its engine takes changes of adapters."""
 LOADS = Counter("tandem_lora_loads", "Requests to load an adapter, by outcome: loaded, present, refused, unavailable", ["outcome"])
 UNLOADS = Counter("tandem_lora_unloads", "Adapters that were unloaded")
 LISTED = Gauge("tandem_lora_adapters", "Adapters that requests may name")
 for _outcome in ("loaded", "present", "refused", "unavailable"):
     LOADS.labels(_outcome)
-
-
-class LoraEngine(Protocol):
-    """What is needed of an engine."""
-
-    @property
-    def takes_loras(self) -> bool:
-        """Whether it was started for adapters."""
-
-    async def add(self, adapter: Adapter) -> None:
-        """Loads, or finds loaded. Raises RequestError for an adapter that it refuses; some of it may be left then: `remove` it."""
-
-    async def remove(self, adapter: Adapter) -> None:
-        """Unloads; nothing if it isn't loaded. Raises UnavailableError if the engine doesn't answer."""
-
-
-class CopySource(Protocol):
-    """What makes copies: `fetch.Fetcher`."""
-
-    def fetch(self, source: Source, deadline: Deadline) -> Copy:
-        """Blocks. Raises RequestError or UnavailableError."""
-
-    def release(self, copy: Copy) -> None:
-        """Gives a copy back."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one worker's adapters."""
-
-    enabled: bool
-    """Whether they may change at run time."""
-    load_timeout_s: float
-    unload_timeout_s: float
-    """How long an unload waits for the requests that use the adapter."""
-    most: int
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The answer to a load."""
-
-    adapter: Adapter
-    fresh: bool
-    """False if it was there already."""
 
 
 @dataclass
@@ -95,12 +54,13 @@ class Adapters:
     def __init__(self, engine: LoraEngine, source: CopySource, limits: Limits, static: Sequence[Adapter] = ()) -> None:
         self._engine, self._source, self._limits = engine, source, limits
         self._entries = {adapter.name: _Entry(adapter, in_engine=False) for adapter in static}
-        self._locks: dict[str, _NameLock] = {}
+        self._turns = Turns()
         self._tasks: set[asyncio.Task[Loaded]] = set()
         self._loading: set[str] = set()
         self._stop = threading.Event()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tandem-lora")
         self._tell: Callable[[tuple[str, ...]], None] = lambda _: None
+        self._resting: Callable[[], str] = lambda: ""
         LISTED.set_function(lambda: len(self._entries))
 
     @property
@@ -117,6 +77,17 @@ class Adapters:
         """`tell` gets the names now and after each change, on the event loop."""
         self._tell = tell
         tell(self.names)
+
+    def rest_while(self, why: Callable[[], str]) -> None:
+        """Nothing is loaded or unloaded while `why` names another state than serving: a sleeping engine hasn't the memory for it."""
+        self._resting = why
+
+    async def bring_again(self) -> None:
+        """After a sleep, in which what is on the device may have been lost: each adapter is loaded again at its next use."""
+        for entry in tuple(self._entries.values()):
+            if entry.in_engine:
+                await self._engine.remove(entry.adapter)
+                entry.in_engine = False
 
     @asynccontextmanager
     async def using(self, name: str | None) -> AsyncIterator[Adapter | None]:
@@ -157,13 +128,14 @@ class Adapters:
         """Takes it from the list, waits for the requests that use it, and unloads it. Raises UnknownAdapterError, or UnavailableError:
         then it is in the list again."""
         self._check_enabled()
-        async with self._locked(name, self._limits.load_timeout_s):
+        async with self._turns.taking(name, self._limits.load_timeout_s):
             entry = self._entries.pop(name, None)
             if entry is None:
                 raise UnknownAdapterError(f"LoRA adapter {name!r} is not loaded: loaded are {', '.join(self.names) or 'none'}")
             self._tell(self.names)
             try:
                 await self._wait_unused(entry)
+                self._check_awake()
                 await self._engine.remove(entry.adapter)
             except BaseException:
                 self._entries[name] = entry
@@ -195,6 +167,10 @@ class Adapters:
         if not self._engine.takes_loras:
             raise RequestError("LoRA feature is not enabled. Start the engine with --enable-lora")
 
+    def _check_awake(self) -> None:
+        if state := self._resting():
+            raise UnavailableError(f"the worker is {state}: adapters change only while it serves")
+
     def _entry(self, name: str) -> _Entry:
         """The two messages are those of Triton's vllm_backend, which its clients match on."""
         if not self._engine.takes_loras:
@@ -205,14 +181,14 @@ class Adapters:
 
     async def _bring(self, entry: _Entry) -> None:
         """An adapter of multi_lora.json is loaded at its first use: if its files are bad, that costs this request and no other."""
-        async with self._locked(entry.adapter.name, self._limits.load_timeout_s):
+        async with self._turns.taking(entry.adapter.name, self._limits.load_timeout_s):
             if not entry.in_engine:
                 await self._add(entry.adapter)
                 entry.in_engine = True
 
     async def _load(self, name: str, source: Source) -> Loaded:
         deadline = Deadline(self._limits.load_timeout_s, self._stop)
-        async with self._locked(name, deadline.left_s()):
+        async with self._turns.taking(name, deadline.left_s()):
             present = self._entries.get(name)
             if present is not None:
                 return self._present(present, source)
@@ -253,6 +229,7 @@ class Adapters:
 
     async def _add(self, adapter: Adapter) -> None:
         """Leaves nothing of it in the engine if that fails."""
+        self._check_awake()
         try:
             await self._engine.add(adapter)
         except BaseException:
@@ -272,32 +249,6 @@ class Adapters:
         except TimeoutError as exc:
             raise UnavailableError(f"{entry.users} requests still use {entry.adapter.name!r} after {self._limits.unload_timeout_s:g} s: "
                                    "retry later") from exc
-
-    @asynccontextmanager
-    async def _locked(self, name: str, timeout_s: float) -> AsyncIterator[None]:
-        """One at a time for each name; the lock is forgotten when nobody wants it."""
-        turn = self._locks.setdefault(name, _NameLock())
-        turn.wanted += 1
-        try:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await turn.lock.acquire()
-            except TimeoutError as exc:
-                raise UnavailableError(f"another change of {name!r} has taken more than {timeout_s:g} s: retry later") from exc
-            try:
-                yield
-            finally:
-                turn.lock.release()
-        finally:
-            turn.wanted -= 1
-            if not turn.wanted:
-                del self._locks[name]
-
-
-@dataclass
-class _NameLock:
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    wanted: int = 0
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from huggingface_hub import try_to_load_from_cache
 from tandem_protocol.errors import RequestError
 from tandem_worker.config import WorkerSettings
 from tandem_worker.lora.adapter import Adapter
-from tandem_worker.lora.adapters import Adapters, Limits
+from tandem_worker.lora.adapters import Adapters
 from tandem_worker.lora.checks import Fit
 from tandem_worker.lora.fetch import Fetcher
 from tandem_worker.lora.hub import HubFiles
 from tandem_worker.lora.s3 import S3Files, S3Place
 from tandem_worker.lora.store import CopyStore
+from tandem_worker.lora.terms import Limits
 from tandem_worker.lora.vllm_loras import VllmLoras
 from tandem_worker.lora.weights import Tensor, base_shapes
 

@@ -79,7 +79,8 @@ class S3Files:
             raise RequestError(f"AWS_ENDPOINT {place.endpoint} is not encrypted: use https, or set AWS_ALLOW_HTTP=true")
         config = Config(
             connect_timeout=_CONNECT_TIMEOUT_S, read_timeout=max(0.1, min(_READ_TIMEOUT_S, deadline.left_s())),
-            retries={"total_max_attempts": 1}, response_checksum_validation="when_required", s3={"addressing_style": "path" if place.endpoint else "auto"},
+            retries={"total_max_attempts": 1}, response_checksum_validation="when_required",
+            s3={"addressing_style": "path" if place.endpoint else "auto"},
         )
         try:
             return boto3.session.Session().client("s3", endpoint_url=place.endpoint or None, region_name=place.region, config=config)
