@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from vllm.v1.kv_offload.base import LookupResult, OffloadPolicy, ReqContext
 from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
+from vllm.v1.request import Request
 
 from store_contract import BLOCK_BYTES, WAIT_S, block_of, key_of
 from tandem_kvbm.memory_store import MemoryStore
 from tandem_kvbm.policies.admission import Admission
 from tandem_kvbm.store import BlockStore, StoreUnavailableError, Written
 from tandem_kvbm.tier import StoreTier, TierOptions
+from tandem_worker.sampling import generation_params, parse_sampling
 
 ROWS = 16
 SPEC = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=True))
@@ -301,6 +303,22 @@ def test_the_filter_writes_what_a_second_request_brings_back(clock: Clock) -> No
     bench.store(1)
     assert store.holds(key_of(1))
     assert bench.tier.counters.take()["filtered"] == 2
+    bench.tier.shutdown()
+
+
+def test_what_a_request_says_of_its_blocks_decides_what_is_given_up(clock: Clock) -> None:
+    """From the client's sampling parameters through vLLM's request to the store."""
+    params = generation_params(parse_sampling({"kvbm_priority": "5"}), stream=False, detokenize=False, stream_interval=1)
+    asked = Request("dear", [1, 2, 3], params, None)
+    bench = Bench(MemoryStore(2, BLOCK_BYTES), clock)
+    bench.request = ReqContext(req_id="dear", kv_transfer_params=asked.kv_transfer_params)
+    bench.store(1)
+    bench.request = ReqContext(req_id="cheap")
+    bench.store(2)
+    bench.store(3)
+    assert [bench.lookup(number) for number in (1, 2, 3)] == [LookupResult.HIT, LookupResult.MISS, LookupResult.HIT]
+    bench.request = ReqContext(req_id="odd", kv_transfer_params={"kvbm_priority": "much"})
+    assert bench.store(4).success, "no client can end the engine by it"
     bench.tier.shutdown()
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from tandem_protocol import handoff
 from tandem_protocol.errors import RequestError
 from tandem_worker.sampling import generation_params, parse_sampling, prefill_params
 
@@ -144,10 +145,30 @@ def test_output_kind_follows_the_request(stream: bool, kind: RequestOutputKind) 
 
 def test_the_leg_is_the_workers_to_set() -> None:
     """Interval, detokenizer and handoff."""
-    params = build({}, stream=True, detokenize=False, stream_interval=4, kv_transfer_params={"do_remote_prefill": True})
+    params = build({}, stream=True, detokenize=False, stream_interval=4, received={"do_remote_prefill": True})
     assert (params.stream_interval, params.detokenize) == (4, False)
     assert params.extra_args == {"kv_transfer_params": {"do_remote_prefill": True}}
     assert build({}).extra_args is None
+
+
+@pytest.mark.parametrize("given", [7, "7", 7.0])
+def test_what_blocks_are_worth_goes_to_the_kv_tiers_with_every_leg(given: Any) -> None:
+    """Beside the connectors' own part, which stays as it is."""
+    sampling = parse_sampling({"kvbm_priority": given})
+    remote = {"do_remote_prefill": True}
+    assert build({"kvbm_priority": given}).extra_args == {"kv_transfer_params": {"kvbm_priority": 7}}
+    assert build({"kvbm_priority": given}, received=remote).extra_args == {"kv_transfer_params": {**remote, "kvbm_priority": 7}}
+    assert prefill_params(sampling).extra_args == {
+        "kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False, "kvbm_priority": 7}
+    }
+    assert remote == {"do_remote_prefill": True}
+
+
+@pytest.mark.parametrize("given", ["much", 1.5, 1 << 31, -(1 << 40), [1]])
+def test_a_worth_that_is_no_small_integer_is_refused(given: Any) -> None:
+    """Not ignored: the client means something by it."""
+    with pytest.raises(RequestError, match=r"sampling parameter kvbm_priority=.* is not valid"):
+        parse_sampling({"kvbm_priority": given})
 
 
 @pytest.mark.parametrize(("given", "n"), [({}, 1), ({"n": 3}, 3)])
@@ -158,8 +179,9 @@ def test_number_of_sequences(given: dict[str, Any], n: int) -> None:
 
 def test_prefill_makes_one_token_and_keeps_the_blocks() -> None:
     """An end-of-sequence guess must not end it before the handoff."""
-    params = prefill_params()
+    params = prefill_params(parse_sampling({}))
     assert (params.max_tokens, params.temperature, params.ignore_eos, params.detokenize) == (1, 0.0, True, False)
     assert params.output_kind is RequestOutputKind.FINAL_ONLY
     assert params.extra_args == {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
-    assert prefill_params().extra_args is not params.extra_args
+    assert params.extra_args is not None
+    assert params.extra_args["kv_transfer_params"] is not handoff.PREFILL_REQUEST

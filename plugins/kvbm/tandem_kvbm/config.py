@@ -86,6 +86,10 @@ class KvbmSettings:
         env="TANDEM_KVBM_DISK_SHARED", default=False, parse=parse_bool,
         help="All engines of this model use one folder and find each other's blocks, as on a network file system. Off: one folder each.",
     )
+    disk_fdatasync: bool = setting(
+        env="TANDEM_KVBM_DISK_FDATASYNC", default=False, parse=parse_bool,
+        help="Wait until each block is on the medium. Off: what a power cut tears is told by its checksum, and waiting slows every write.",
+    )
     disable_disk_offload_filter: bool = setting(
         env="DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", default=False, parse=parse_bool,
         help="Write every block to the disk tier. Off: only blocks seen twice, since most prompts never come back and disks wear.",

@@ -36,9 +36,8 @@ from tandem_kvbm.policies.admission import Admission
 from tandem_kvbm.store import BlockStore
 from tandem_kvbm.transfers import Job, TransferPool
 from tandem_protocol.errors import ConfigError
+from tandem_protocol.handoff import KVBM_PRIORITY
 
-PRIORITY = "kvbm_priority"
-"""Key in a request's kv_transfer_params: an integer, 0 if absent; blocks of lower priority are given up first."""
 _AVOIDED_KEYS = 100_000
 _CLOSE_S = 5.0
 
@@ -274,5 +273,5 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes a
 
 def priority_of(request: ReqContext) -> int:
     """What the request says of its blocks' worth; 0 if it says nothing that is an integer."""
-    priority = (request.kv_transfer_params or {}).get(PRIORITY, 0)
+    priority = (request.kv_transfer_params or {}).get(KVBM_PRIORITY, 0)
     return priority if isinstance(priority, int) else 0

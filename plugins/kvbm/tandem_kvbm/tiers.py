@@ -27,6 +27,7 @@ def _disk(settings: KvbmSettings, plan: TierPlan | None) -> TierConfig:
         "direct_io": not settings.disk_disable_o_direct,
         "policy": settings.disk_policy,
         "shared": settings.disk_shared,
+        "fdatasync": settings.disk_fdatasync,
         "admission_filter": not settings.disable_disk_offload_filter and settings.has_host,
     }
 

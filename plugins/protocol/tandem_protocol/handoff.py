@@ -12,6 +12,9 @@ from tandem_protocol.errors import RequestError
 
 PREFILL_REQUEST: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
 """What a prefill worker asks its connector for: compute, keep the blocks, and answer with the handoff."""
+KVBM_PRIORITY = "kvbm_priority"
+"""Not the connector's: what a client's blocks are worth to the KV tiers, an integer. It travels in the same dict, the only one of a
+request's that vLLM shows to tiers."""
 
 
 def encode(params: dict[str, Any]) -> bytes:

@@ -85,7 +85,7 @@ class Generator:
         params = self._generation_params(sampling, request, interval)
         if self.settings.effective_role is Role.PREFILL:
             stream.encode = encode_handoff
-            params = prefill_params()
+            params = prefill_params(sampling)
         else:
             stream.encode = GenerationEncoder(request, sampling.n).encode
         if request.handoff is not None:
@@ -93,9 +93,9 @@ class Generator:
             if sampling.n > 1:
                 # Each sequence would pull, and the first to finish would free the blocks under the others. So pull once,
                 # into the prefix cache, and let all sequences find the prompt there.
-                await leg.run(prompt, handoff_params(request.handoff), lora, priority, None)
+                await leg.run(prompt, handoff_params(sampling, request.handoff), lora, priority, None)
             else:
-                params.extra_args = {"kv_transfer_params": request.handoff}
+                params.extra_args = {"kv_transfer_params": sampling.transfer_params(request.handoff)}
         await leg.run(prompt, params, lora, priority, stream)
 
     async def _refuse_if_cancelled(self, stream: ResponseStream) -> None:

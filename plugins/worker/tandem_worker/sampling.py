@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -20,6 +20,7 @@ from tandem_protocol.errors import RequestError
 
 LORA_NAME = "lora_name"
 PRIORITY = "priority"
+_BlockPriority = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 _OWNED = frozenset({"output_kind", "stream_interval", "skip_clone", "detokenize", "extra_args", "output_text_buffer_length",
                     "prompt_logprob_token_ids", "routed_experts_prompt_start", "trace_decode_token_ids", "flat_logprobs",
                     "skip_reading_prefix_cache"})
@@ -38,6 +39,13 @@ class Sampling:
     structured: Mapping[str, Any] | None
     lora_name: str | None
     priority: int | None
+    kvbm_priority: int | None = None
+
+    def transfer_params(self, connectors: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """What KV connectors and tiers are told of the request: the connectors' own part, and what its blocks are worth."""
+        if self.kvbm_priority is None:
+            return None if connectors is None else dict(connectors)
+        return {**(connectors or {}), handoff.KVBM_PRIORITY: self.kvbm_priority}
 
     @property
     def n(self) -> int:
@@ -55,7 +63,7 @@ def parse_sampling(given: Mapping[str, Any]) -> Sampling:
     """Checks names and types. Raises RequestError."""
     values: dict[str, Any] = {}
     structured: dict[str, Any] = {}
-    lora_name = priority = None
+    lora_name = priority = kvbm_priority = None
     for name, value in given.items():
         if value is None:
             continue  # null is "not given"
@@ -63,19 +71,21 @@ def parse_sampling(given: Mapping[str, Any]) -> Sampling:
             lora_name = str(value)
         elif name == PRIORITY:
             priority = _convert(name, value, int)
+        elif name == handoff.KVBM_PRIORITY:
+            kvbm_priority = _convert(name, value, _BlockPriority)
         elif name in _GUIDED:
             structured[_GUIDED[name]] = _guided_value(name, value)
         elif name in _STRUCTURED:
             structured.update(_structured(name, value))
         elif name not in _UNSEEN:
             values[name] = _coerce(name, value)
-    return Sampling(values, structured or None, lora_name, priority)
+    return Sampling(values, structured or None, lora_name, priority, kvbm_priority)
 
 
 def _coerce(name: str, value: Any) -> Any:
     types = _field_types()
     if name not in types:
-        close = difflib.get_close_matches(name, [*types, *_GUIDED, *_STRUCTURED, LORA_NAME, PRIORITY], n=1)
+        close = difflib.get_close_matches(name, [*types, *_GUIDED, *_STRUCTURED, LORA_NAME, PRIORITY, handoff.KVBM_PRIORITY], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see vLLM's SamplingParams"
         raise RequestError(f"unknown sampling parameter {name!r}: {hint}")
     return _convert(name, value, types[name])
@@ -111,8 +121,9 @@ def _parse_json(name: str, text: str) -> Any:
 
 
 def generation_params(sampling: Sampling, *, stream: bool, detokenize: bool, stream_interval: int,
-                      kv_transfer_params: dict[str, Any] | None = None) -> SamplingParams:
-    """Parameters of an aggregated or decode leg. Raises RequestError for values that vLLM refuses."""
+                      received: Mapping[str, Any] | None = None) -> SamplingParams:
+    """Parameters of an aggregated or decode leg, with the handoff that it received. Raises RequestError for values that vLLM refuses."""
+    kv_transfer_params = sampling.transfer_params(received)
     return _build(
         **sampling.values,
         structured_outputs=sampling.structured and dict(sampling.structured),
@@ -123,18 +134,18 @@ def generation_params(sampling: Sampling, *, stream: bool, detokenize: bool, str
     )
 
 
-def handoff_params(kv_transfer_params: dict[str, Any]) -> SamplingParams:
+def handoff_params(sampling: Sampling, given: Mapping[str, Any]) -> SamplingParams:
     """Parameters of a leg whose one token is thrown away: prefill, or pulling blocks into the prefix cache.
 
     `ignore_eos` keeps an end-of-sequence guess from ending the request before its blocks are handed off.
     """
     return _build(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-                  extra_args={"kv_transfer_params": kv_transfer_params})
+                  extra_args={"kv_transfer_params": sampling.transfer_params(given)})
 
 
-def prefill_params() -> SamplingParams:
+def prefill_params(sampling: Sampling) -> SamplingParams:
     """Parameters of a prefill leg."""
-    return handoff_params(dict(handoff.PREFILL_REQUEST))
+    return handoff_params(sampling, handoff.PREFILL_REQUEST)
 
 
 def _build(**values: Any) -> SamplingParams:
