@@ -82,13 +82,6 @@ class Adapters:
         """Nothing is loaded or unloaded while `why` names another state than serving: a sleeping engine hasn't the memory for it."""
         self._resting = why
 
-    async def bring_again(self) -> None:
-        """After a sleep, in which what is on the device may have been lost: each adapter is loaded again at its next use."""
-        for entry in tuple(self._entries.values()):
-            if entry.in_engine:
-                await self._engine.remove(entry.adapter)
-                entry.in_engine = False
-
     @asynccontextmanager
     async def using(self, name: str | None) -> AsyncIterator[Adapter | None]:
         """Holds the adapter that a request names: it stays loaded until the block ends. Raises RequestError in vllm_backend's words."""
