@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV blocks come back from host memory, on an aggregated worker and on the prefill worker of a disaggregated pair."""
+"""KV blocks come back from host memory, on an aggregated worker and on the prefill worker of a disaggregated pair.
+
+The model is random and small, with weights under which every token depends on all before it, so that a wrong block shows in the text.
+"""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 
 from calls import Call, collect, connect, gather_bounded
+from models import make_lively_model
 from prompts import BLOCK_SIZE, make_prompts
 from servers import Server, get_json, post_json, serve, wait_for
 
@@ -15,17 +19,27 @@ pytestmark = pytest.mark.slow
 
 PROMPT_TOKENS = 606
 FULL_BLOCKS = PROMPT_TOKENS // BLOCK_SIZE
-HOST_GB = 0.2
-SIZES = ["--dtype", "float32", "--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "2048", "--routers", "0"]
-SAMPLING = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+HOST_BLOCKS = 120
+SIZES = ["--dtype", "float32", "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
+         "--cpu-cache-override-num-blocks", str(HOST_BLOCKS)]  # fmt: skip
+SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
 WAIT_S = 30
+PAIR_TOKENS = 736
+"""The longest request of the disaggregated pair, and what its devices hold: 23 blocks."""
 BYTES = "vllm:nixl_bytes_transferred_sum"
 
 
 @pytest.fixture(scope="module")
-def aggregated(run_dir: Path) -> Iterator[Server]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model's folder."""
+    return str(make_lively_model(tmp_path_factory.mktemp("lively") / "model"))
+
+
+@pytest.fixture(scope="module")
+def aggregated(run_dir: Path, model: str) -> Iterator[Server]:
     """One worker with a host tier."""
-    with serve(run_dir, "--mode", "agg", "--connector", "kvbm", "--cpu-cache-gb", str(HOST_GB), *SIZES) as running:
+    with serve(run_dir, "--mode", "agg", "--model", model, "--connector", "kvbm", "--max-model-len", "2048", "--routers", "0",
+               *SIZES) as running:
         yield running
 
 
@@ -117,23 +131,34 @@ def test_a_tier_that_is_not_there_is_no_tier(aggregated: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(run_dir: Path) -> Iterator[Server]:
-    """A prefill worker that offloads and hands over, and a decode worker that only takes."""
-    arguments = ["--mode", "disagg", "--prefill-connector", "kvbm", "nixl", "--cpu-cache-gb", str(HOST_GB), *SIZES]
-    with serve(run_dir, *arguments) as running:
+def pair(run_dir: Path, model: str) -> Iterator[Server]:
+    """A prefill worker that offloads and hands over, and a decode worker that only takes. Their devices hold one prompt at a time."""
+    device = ["--max-model-len", str(PAIR_TOKENS), "--num-gpu-blocks-override", str(PAIR_TOKENS // BLOCK_SIZE + 1)]
+    with serve(run_dir, "--mode", "disagg", "--model", model, "--prefill-connector", "kvbm", "nixl", *device, *SIZES) as running:
         yield running
 
 
-async def test_the_prefill_worker_loads_from_host_memory_and_hands_over(pair: Server) -> None:
-    """The decode worker's text is the same, whether prefill computed the prompt or loaded it."""
-    [prompt] = make_prompts(1, PROMPT_TOKENS, PROMPT_TOKENS)
+async def handed_over(server: Server, client: Any, prompt: list[int], model: str) -> tuple[list[int], float]:
+    """Token ids of the answer, and how many bytes the decode worker pulled for it."""
+    before = server.metric("decode", BYTES)
+    text, _ = await answer(client, prompt, model)
+    wait_for(lambda: server.metric("decode", BYTES) > before, WAIT_S, "the count of bytes pulled")
+    return text, server.metric("decode", BYTES) - before
+
+
+@pytest.mark.parametrize("entrance", ["disagg", "router"])
+async def test_the_prefill_worker_loads_from_host_memory_and_hands_over(pair: Server, entrance: str) -> None:
+    """The text is the same, and so much travels to the decode worker, whether prefill computed the prompt or loaded it."""
+    prompts = make_prompts(4, PROMPT_TOKENS, PROMPT_TOKENS)
+    prompt, other = prompts[:2] if entrance == "disagg" else prompts[2:]
+    longest = [*other, *range(1000, 1000 + PAIR_TOKENS - SAMPLING["max_tokens"] - PROMPT_TOKENS)]
     async with connect(pair.grpc_url) as client:
-        text, _ = await answer(client, prompt, "disagg")
-        offloaded(pair, "prefill", FULL_BLOCKS)
+        before = tier(pair, "prefill", "G2")["offloaded_blocks"]
+        text, size = await handed_over(pair, client, prompt, entrance)
+        offloaded(pair, "prefill", before + FULL_BLOCKS)
+        await handed_over(pair, client, longest, entrance)  # takes every block of both devices
         wait_for(lambda: reset(pair, "prefill", "G1")["reset"], WAIT_S, "prefill's device cache reset, once the handoff was taken")
-        moved = pair.metric("decode", BYTES)
-        again, _ = await answer(client, prompt, "disagg")
-    assert again == text
-    assert pair.metric("prefill", "kvbm_matched_tokens") >= 0.95 * FULL_BLOCKS * BLOCK_SIZE
-    assert pair.metric("decode", BYTES) >= moved > 0
+        matched = pair.metric("prefill", "kvbm_matched_tokens")
+        assert await handed_over(pair, client, prompt, entrance) == (text, size)
+    assert pair.metric("prefill", "kvbm_matched_tokens") - matched >= 0.95 * FULL_BLOCKS * BLOCK_SIZE
     assert "serve it with --connector kvbm" in get_json(f"{pair.admin_url('decode')}/kvbm")["error"]
