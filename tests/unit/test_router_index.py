@@ -11,6 +11,7 @@ from tandem_protocol.errors import ConfigError, TandemError
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Tier
 from tandem_router.index import KvIndex, warm_up
 from tandem_router.index_counts import ApplyResult
+from tandem_router.places import USED
 
 SIZE = 4
 TOKENS = np.random.default_rng(3).integers(0, 150_000, 100 * SIZE).astype(np.uint32)
@@ -222,17 +223,20 @@ def test_snapshots_that_cannot_be_loaded(index: KvIndex) -> None:
 def test_integrity_notices_damage(index: KvIndex) -> None:
     """A bit too many, a bit too few, a wrong count."""
     index.apply(0, stored(0, 5))
-    row = int(np.flatnonzero(index._rows[:, 0])[0])
-    for column, value in ((1, 3), (1, 0), (1, 2)):
-        kept = index._rows[row, column]
-        index._rows[row, column] = value
+    rows = index._table.rows
+    for column, value in ((1, 3), (1, 0), (1, 2), (0, 12345)):
+        kept = rows[2, column]
+        rows[2, column] = value
         with pytest.raises(TandemError):
             index.check_integrity()
-        index._rows[row, column] = kept
+        rows[2, column] = kept
     index.check_integrity()
-    index._used[0] += 1
-    with pytest.raises(TandemError):
-        index.check_integrity()
+    for table in (index._table, index._members[0].table):
+        table.state[USED] += 1
+        with pytest.raises(TandemError):
+            index.check_integrity()
+        table.state[USED] -= 1
+    index.check_integrity()
 
 
 def test_matching_while_events_come_in() -> None:

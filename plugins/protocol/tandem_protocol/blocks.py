@@ -33,7 +33,7 @@ _S6 = np.uint64(0x9E3779B97F4A7C15)
 _WORD = np.uint64(32)
 _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
-_NO_EXTRA: Keys = read_only(np.empty(0, np.uint64))
+NO_EXTRA: Keys = read_only(np.empty(0, np.uint64))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,7 +73,7 @@ def extend(parent_key: int, token_ids: Tokens, block_size: int, extra: NDArray[A
         raise RequestError(f"block_size is {block_size}: it must be at least 1")
     tokens = as_tokens(token_ids)
     blocks = len(tokens) // block_size
-    extras = _NO_EXTRA if extra is None else read_only(np.ascontiguousarray(extra, np.uint64))
+    extras = NO_EXTRA if extra is None else read_only(np.ascontiguousarray(extra, np.uint64))
     if extra is not None and len(extras) != blocks:
         raise RequestError(f"{len(extras)} extra keys for {blocks} full blocks: give one per full block (0 for none), or None")
     return _chain(np.uint64(parent_key), tokens, block_size, extras)
@@ -126,9 +126,9 @@ def _block(tokens: NDArray[np.uint32], start: int, size: int) -> np.uint64:
     return fold_multiply(even ^ _S4, odd ^ _S5)
 
 
-@compiled
-def _chain(parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> Keys:
-    keys = np.empty(len(tokens) // size, np.uint64)
+@inlined
+def chain_into(keys: Keys, parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> None:
+    """Fills `keys` [n] from the tokens [>= n * size] of blocks that follow `parent`; `extra` is empty or [n]. For compiled callers."""
     for index in range(len(keys)):
         mixed = _block(tokens, index * size, size)
         if len(extra) > 0 and extra[index] != _ZERO:
@@ -136,4 +136,10 @@ def _chain(parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys
         parent = fold_multiply(fold_multiply(parent ^ _S1, mixed ^ _S2) ^ _S6, _S3)
         parent = _ONE if parent == _ZERO else parent
         keys[index] = parent
+
+
+@compiled
+def _chain(parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> Keys:
+    keys = np.empty(len(tokens) // size, np.uint64)
+    chain_into(keys, parent, tokens, size, extra)
     return keys

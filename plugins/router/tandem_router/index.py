@@ -6,36 +6,46 @@ table itself is locked (`_reading`) only while a piece of at most 1,024 blocks c
 never waits for a big event or for a table that grows: the bigger one is built aside. Compiled code releases the GIL.
 """
 
+import functools
 import threading
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from tandem_protocol import blocks as block_keys
-from tandem_protocol.blocks import Keys, extend, root_of, salt_of
+from tandem_protocol.blocks import NO_EXTRA, Keys, root_of, salt_of
 from tandem_protocol.compiled import read_only
-from tandem_protocol.errors import ConfigError, TandemError
+from tandem_protocol.errors import ConfigError
 from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Tier
 from tandem_protocol.kv_events import warm_up as warm_up_events
-from tandem_router import holdings, index_table, snapshot
+from tandem_router import holdings, index_table, integrity, snapshot
 from tandem_router.index_counts import ApplyResult, IndexStats, SlotInfo
-from tandem_router.members import MAX_SLOTS, Member, capacity_for
+from tandem_router.members import MAX_SLOTS, Member
 from tandem_router.orphans import Orphan, Orphans
 from tandem_router.overlap import Overlap
+from tandem_router.places import Table
 
 _PIECE = 1024
-"""Blocks that change under one hold of the table's lock: about 0.1 ms."""
+"""Blocks that change under one hold of the table's lock: about 0.05 ms."""
 _SCAN = 16 * _PIECE
 _TIERS = len(Tier)
+_LEAST_BLOCKS = 20_000
+_NO_KEY = np.uint64(0)
 _ALL_GROUPS = np.uint64(holdings.ALL_GROUPS)
+_GROUP_BITS = tuple(np.uint64(1 << group) for group in range(holdings.GROUPS))
 _EMPTY = ApplyResult()
+
+_Outcome = tuple[int, int, int, int, int]
+"""Of a store: the last key, masks changed, rows more, unknown hashes, blocks beyond the room."""
 
 
 class KvIndex:
     """Blocks to workers. Slots number the dp ranks of workers; a slot is given to another worker after `remove_worker`."""
 
     def __init__(self, max_blocks: int = 1 << 24, max_orphans: int = 1 << 16) -> None:
-        """`max_blocks` bounds pairs of block and slot (60 to 85 bytes each), `max_orphans` blocks that wait for a parent."""
+        """`max_blocks` bounds pairs of block and slot (50 to 90 bytes each), `max_orphans` blocks that wait for a parent."""
         if max_blocks < 1 or max_orphans < 1:
             raise ConfigError(f"max_blocks {max_blocks} and max_orphans {max_orphans} must be at least 1")
         self._max_blocks = max_blocks
@@ -44,8 +54,7 @@ class KvIndex:
         self._members: list[Member | None] = []
         self._orphans = Orphans(max_orphans)
         self._words = self._planes = 1
-        self._rows = index_table.empty_rows(capacity_for(_PIECE), 1, 1)
-        self._used = np.zeros(1, np.int64)
+        self._table = index_table.empty(_LEAST_BLOCKS, 1, 1)
         self._held = 0
         self._applied = _EMPTY
 
@@ -99,41 +108,35 @@ class KvIndex:
             member = self._member(slot)
             self._orphans.clear(slot, tier)
             before = member.held
-            required = int(member.required[tier])
+            required = member.required[tier]
             self._require(member, tier, 0)
             self._compact(member)
-            member.required[tier] = required
+            member.require(tier, required)
             return before - member.held
 
     # Questions
 
     def match(self, keys: Keys) -> Overlap:
         """How many leading blocks of a prompt each slot holds. `keys`: `blocks.hash_blocks` of the prompt. Never waits for an event."""
-        wanted = read_only(np.ascontiguousarray(keys, np.uint64))
+        wanted = np.ascontiguousarray(keys, np.uint64)
         with self._reading:
-            found = np.zeros((_TIERS, 64 * self._words), np.int32)
-            index_table.match_prefix(self._rows, self._words, wanted, found)
-            return Overlap(found[:, : len(self._members)])
+            blocks = np.zeros((_TIERS, len(self._members)), np.int32)
+            index_table.match_prefix(self._table.address, wanted, blocks)
+        return Overlap(blocks)
 
     def stats(self) -> IndexStats:
         """State and totals."""
         with self._writing:
             members = self._in_use()
             return IndexStats(
-                blocks=int(self._used[0]), holdings=self._held, orphans=self._orphans.blocks, slots=len(members),
-                size_bytes=self._rows.nbytes + sum(member.rows.nbytes for member in members), applied=self._applied,
+                blocks=self._table.used, holdings=self._held, orphans=self._orphans.blocks, slots=len(members),
+                size_bytes=self._table.size_bytes + sum(member.table.size_bytes for member in members), applied=self._applied,
             )
 
     def check_integrity(self) -> None:
         """Compares all tables with one another; raises TandemError for the first contradiction. Takes about 20 ns per block and slot."""
         with self._writing:
-            bits = np.zeros((_TIERS, 64 * self._words), np.int64)
-            if index_table.count_bits(self._rows, self._words, bits) != self._used[0]:
-                raise TandemError("the KV index counts its rows wrongly: restart the router, and report this")
-            if sum(member.held for member in self._in_use()) != self._held:
-                raise TandemError("the KV index counts its holdings wrongly: restart the router, and report this")
-            for slot in range(bits.shape[1]):
-                self._check_slot(slot, bits[:, slot])
+            integrity.check(self._table, self._members, self._held)
 
     # Snapshots
 
@@ -196,7 +199,7 @@ class KvIndex:
         if not member.counts(event.group, event.tier):
             return ApplyResult(ignored=size)
         if len(event.tokens) == 0:
-            return self._store_keys(member, event, np.zeros(size, np.uint64))
+            return self._store_blocks(member, event, _NO_KEY, 0)
         member.block_size = member.block_size or event.block_size
         misfit = event.block_size != member.block_size or len(event.tokens) != size * event.block_size
         if misfit or (event.extra is not None and len(event.extra) != size):
@@ -205,11 +208,9 @@ class KvIndex:
 
     def _store_sequence(self, member: Member, event: BlockStored) -> ApplyResult:
         """Stores an event with tokens, and then the orphans that waited for any of its blocks."""
-        parent = root_of(salt_of(event.lora_name)) if event.parent is None else int(holdings.key_of(member.rows, np.uint64(event.parent)))
-        if parent == 0:
-            return ApplyResult(orphans=len(event.hashes), dropped=self._orphans.add(member.slot, event))
-        result = self._store_keys(member, event, extend(parent, event.tokens, event.block_size, event.extra))
-        if self._orphans.waits_for(member.slot):
+        parent = _root_key(event.lora_name) if event.parent is None else np.uint64(event.parent)
+        result = self._store_blocks(member, event, parent, event.block_size)
+        if self._orphans.waits_for(member.slot) and not result.orphans:
             for block_hash in event.hashes.tolist():
                 for orphan in self._orphans.take(member.slot, block_hash):
                     result += self._adopt(member, orphan)
@@ -221,52 +222,69 @@ class KvIndex:
         gone = event.hashes[orphan.removed]
         return result + self._remove(member, BlockRemoved(hashes=gone, group=event.group, tier=event.tier)) if len(gone) else result
 
-    def _store_keys(self, member: Member, event: BlockStored, keys: Keys) -> ApplyResult:
-        size = len(event.hashes)
-        room = min(size, self._max_blocks - self._held)
+    def _store_blocks(self, member: Member, event: BlockStored, parent: np.uint64, size: int) -> ApplyResult:
+        """Stores blocks of `size` tokens behind `parent`; of size 0: hashes alone. Sets the event aside if its parent isn't known."""
+        blocks = len(event.hashes)
+        room = min(blocks, self._max_blocks - self._held)
         member.reserve(room)
         self._grow(room, event.tier)
-        counts = np.zeros(5, np.int64)
-        group, hashes = np.uint64(1 << event.group), read_only(event.hashes)
-        for begin in range(0, size, _PIECE):
-            piece = slice(begin, begin + _PIECE)
-            with self._reading:
-                holdings.store(member.rows, self._rows, self._used, hashes[piece], keys[piece], member.place, member.required,
-                               int(event.tier), group, room, counts)
-        self._hold(member, int(counts[holdings.ADDED]))
-        stored, unresolved, refused = (int(counts[which]) for which in (holdings.STORED, holdings.UNKNOWN, holdings.REFUSED))
+        store = self._store_piece if blocks <= _PIECE else self._store_pieces
+        last, stored, added, unresolved, refused = store(member, event, parent, event.parent is None, size, room)
+        if last == 0 and size:
+            return ApplyResult(orphans=blocks, dropped=self._orphans.add(member.slot, event))
+        self._hold(member, added)
         return ApplyResult(stored=stored, unresolved=unresolved, refused=refused)
+
+    def _store_piece(self, member: Member, event: BlockStored, parent: np.uint64, is_key: bool, size: int, room: int) -> _Outcome:
+        extra = NO_EXTRA if event.extra is None else _frozen(event.extra)
+        hashes, tokens = _frozen(event.hashes), _frozen(event.tokens)
+        with self._reading:
+            outcome: _Outcome = holdings.store(self._table.address, member.address, parent, is_key, hashes, tokens, size, extra,
+                                               int(event.tier), _GROUP_BITS[event.group], room)
+        return outcome
+
+    def _store_pieces(self, member: Member, event: BlockStored, parent: np.uint64, is_key: bool, size: int, room: int) -> _Outcome:
+        key, totals = parent, np.zeros(4, np.int64)
+        for begin in range(0, len(event.hashes), _PIECE):
+            end = begin + _PIECE
+            piece = msgspec.structs.replace(event, hashes=event.hashes[begin:end], tokens=event.tokens[begin * size : end * size],
+                                            extra=None if event.extra is None else event.extra[begin:end])
+            last, *more = self._store_piece(member, piece, key, is_key or begin > 0, size, room - int(totals[1]))
+            if last == 0 and size:
+                return 0, 0, 0, 0, 0
+            key = np.uint64(last)
+            totals += more
+        stored, added, unresolved, refused = totals.tolist()
+        return int(key), stored, added, unresolved, refused
 
     def _remove(self, member: Member, event: BlockRemoved) -> ApplyResult:
         size = len(event.hashes)
         if event.group is not None and not member.counts(event.group, event.tier) and member.partial >> event.group & 1:
             return ApplyResult(ignored=size)
         groups = _ALL_GROUPS if event.group is None else np.uint64((1 << event.group) & holdings.ALL_GROUPS)
-        unknown, counts = np.zeros(size, np.bool_), np.zeros(5, np.int64)
-        hashes = read_only(event.hashes)
+        unknown, removed, tier = np.zeros(size, np.bool_), 0, int(event.tier)
+        hashes = _frozen(event.hashes)
         for begin in range(0, size, _PIECE):
             piece = slice(begin, begin + _PIECE)
             with self._reading:
-                holdings.remove(member.rows, self._rows, self._used, hashes[piece], member.place, member.required, int(event.tier), groups,
-                                unknown[piece], counts)
-        self._hold(member, int(counts[holdings.ADDED]))
+                changed, gone = holdings.remove(self._table.address, member.address, hashes[piece], tier, groups, unknown[piece])
+            self._hold(member, -gone)
+            removed += changed
         if self._orphans.waits_for(member.slot):
             unknown &= ~self._orphans.remove(member.slot, event.tier, event.group, event.hashes)
-        return ApplyResult(removed=int(counts[holdings.REMOVED]), unknown_removed=int(np.count_nonzero(unknown)))
+        return ApplyResult(removed=removed, unknown_removed=int(np.count_nonzero(unknown)))
 
-    def _enforce(self, member: Member, required: NDArray[np.uint64]) -> None:
+    def _enforce(self, member: Member, required: list[int]) -> None:
         """Takes over what a member has learned about its groups: rare, a few times after it joined."""
         changed = [tier for tier in Tier if member.required[tier] != required[tier]]
         for tier in changed:
-            if member.held:
-                self._require(member, tier, int(required[tier]))
-            member.required[tier] = required[tier]
+            self._require(member, tier, required[tier])
         if changed and member.held:
             self._compact(member)
 
     def _compact(self, member: Member) -> None:
         self._held -= member.held
-        member.rebuild(member.held)
+        member.compact()
         self._held += member.held
 
     def _hold(self, member: Member, blocks: int) -> None:
@@ -274,39 +292,41 @@ class KvIndex:
         self._held += blocks
 
     def _require(self, member: Member, tier: Tier, required: int) -> None:
-        self._grow(member.held, tier)
-        for begin in range(0, len(member.rows), _SCAN):
+        if member.held:
+            self._grow(member.held, tier)
+        top = member.table.top
+        for begin in range(0, top, _SCAN):
             with self._reading:
-                holdings.require(member.rows, begin, min(begin + _SCAN, len(member.rows)), self._rows, self._used, member.place, int(tier),
-                                 member.required[tier], np.uint64(required))
-        member.required[tier] = required
+                holdings.require(self._table.address, member.address, begin, min(begin + _SCAN, top), int(tier), np.uint64(required))
+        member.require(tier, required)
 
     def _grow(self, blocks: int, tier: Tier) -> None:
         """Makes room for so many more rows, and for the tier."""
-        needed = int(self._used[0]) + blocks
-        if 3 * needed > 2 * len(self._rows):
-            self._rebuild(capacity_for(needed), self._words, self._planes)
-        self._reshape(self._words, max(self._planes, tier + 1))
+        if not self._table.has_room(blocks):
+            self._replace(self._table.bigger(self._table.used + blocks))
+        if tier >= self._planes:
+            self._reshape(self._words, tier + 1)
 
     def _reshape(self, words: int, planes: int) -> None:
         if (words, planes) != (self._words, self._planes):
-            self._rebuild(len(self._rows), words, planes)
+            self._replace(index_table.reshaped(self._table, words, planes))
+            self._words, self._planes = words, planes
+            for member in self._in_use():
+                member.settle(words)
 
-    def _rebuild(self, capacity: int, words: int, planes: int) -> None:
-        rows = index_table.empty_rows(capacity, words, planes)
-        index_table.copy_rows(self._rows, self._words, rows, words)
+    def _replace(self, table: Table) -> None:
         with self._reading:
-            self._rows, self._words, self._planes = rows, words, planes
-        for member in self._in_use():
-            member.settle(words)
+            self._table = table
 
-    def _check_slot(self, slot: int, bits: NDArray[np.int64]) -> None:
-        member = self._members[slot] if slot < len(self._members) else None
-        held = np.zeros(_TIERS, np.int64)
-        wrong = 0 if member is None else holdings.faults(member.rows, self._rows, member.place, member.required, held)
-        if wrong or (held != bits).any():
-            raise TandemError(f"slot {slot} of the KV index contradicts itself ({wrong} faults, {held} blocks by tier, {bits} bits): "
-                              "remove the worker and add it again, and report this")
+
+@functools.lru_cache(maxsize=4096)
+def _root_key(lora_name: str) -> np.uint64:
+    return np.uint64(root_of(salt_of(lora_name)))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Read-only, as what is decoded: numba would compile once more for the other kind."""
+    return read_only(array) if array.flags.writeable else array
 
 
 def warm_up() -> None:
@@ -320,6 +340,8 @@ def warm_up() -> None:
     index.apply(slot, stored)
     index.apply(slot, BlockStored(hashes=stored.hashes, parent=2, tokens=tokens, block_size=16, tier=Tier.CPU, group=1))
     index.apply(slot, BlockRemoved(hashes=stored.hashes[:1]))
-    index.match(block_keys.hash_blocks(tokens, 16))
+    keys = block_keys.hash_blocks(tokens, 16)
+    index.match(keys)
+    index.match(read_only(keys))
     index.apply(slot, AllBlocksCleared())
     index.check_integrity()

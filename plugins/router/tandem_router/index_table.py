@@ -1,107 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds a block: an open-addressing table from block key to bitmasks of slots, one mask per tier. Compiled.
+"""Who holds a block: a table from block key to bitmasks of slots, one mask per tier. Compiled.
 
-`rows` is uint64 [capacity, 1 + planes * words], a power of two of rows: the key (0: empty), then `words` words of slot
-bits for each of `planes` tiers. All of a block lies side by side, so that a lookup costs one cache line. Collisions go to
-the next row; an erased row is filled from those after it, so that there are no tombstones. `used` is int64 [1], rows in use.
+The table is one of `places`; its rows are uint64 [n + 1, 1 + planes * words]: the key, then `words` words of slot bits for
+each of `planes` tiers. Keys are hashes, so that they are their own tags. All of a block lies side by side, and the blocks
+of a sequence behind one another: a lookup mostly reads on where it is.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.compiled import Int, compiled, inlined, prefetch, trailing_zeros
+from tandem_protocol.compiled import Int, compiled, inlined, trailing_zeros, words_at
+from tandem_router.places import (
+    TOP,
+    WORDS,
+    Places,
+    Rows,
+    State,
+    Table,
+    give_back,
+    places_of,
+    prefetch_place,
+    prefetch_row,
+    row_at,
+    row_of,
+    rows_of,
+    seek,
+    spare,
+    state_at,
+    tag_of,
+    take,
+)
 from tandem_router.table_memory import zeroed
-
-Rows = NDArray[np.uint64]
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
-_AHEAD = 48
-"""How many blocks ahead of the current one a lookup asks for the row: about a memory latency."""
+_FAR = 24
+_NEAR = 12
+"""How many blocks ahead of one that isn't behind its predecessor a lookup asks for places and for rows: about a memory latency each."""
+_STRIDE = 8
+"""Blocks that are compared without a branch."""
 
 
-def empty_rows(capacity: int, words: int, planes: int) -> Rows:
-    """Rows of an empty table; `capacity` is a power of two."""
-    return zeroed(capacity, 1 + planes * words)
+def empty(blocks: int, words: int, planes: int) -> Table:
+    """A table for at least so many blocks."""
+    table = Table.empty(blocks, 1 + planes * words)
+    table.state[WORDS] = words
+    return table
+
+
+def reshaped(table: Table, words: int, planes: int) -> Table:
+    """The same blocks with more words and planes. Nobody may write to `table` any more."""
+    count, columns = len(table.rows), 1 + planes * words
+    rows = zeroed(count * columns).reshape(count, columns)
+    _copy_rows(table.rows[: table.top], int(table.state[WORDS]), rows, words)
+    new = table.with_rows(rows)
+    new.state[WORDS] = words
+    return new
 
 
 @inlined
-def find(rows: Rows, key: Int) -> Int:
-    """Row of a key, or the row where it belongs (whose key is 0)."""
-    last = np.uint64(len(rows) - 1)
-    row = key & last
-    while rows[row, 0] != key and rows[row, 0] != _ZERO:
-        row = (row + _ONE) & last
-    return row
-
-
-@inlined
-def has_bit(rows: Rows, key: Int, column: Int, bit: Int) -> Int:
+def has_bit(places: Places, rows: Rows, key: Int, column: Int, bit: Int) -> Int:
     """Whether a slot's bit is set."""
-    return (rows[find(rows, key), column] & bit) != _ZERO
+    return (rows[row_of(places, rows, tag_of(key), key), column] & bit) != _ZERO
 
 
 @inlined
-def set_bit(rows: Rows, used: NDArray[np.int64], key: Int, column: Int, bit: Int) -> Int:
-    """Sets a slot's bit, with a row for the key if need be; whether it was clear."""
-    row = find(rows, key)
-    if rows[row, 0] == _ZERO:
-        rows[row, 0] = key
-        used[0] += 1
-    was_clear = (rows[row, column] & bit) == _ZERO
-    rows[row, column] |= bit
-    return was_clear
+def row_for(places: Places, rows: Rows, state: State, guess: Int, key: Int) -> Int:
+    """The row of a key, a new one if need be; `guess`: where it may be, at most the spare row."""
+    if rows[guess, 0] == key:
+        return guess
+    place = seek(places, rows, tag_of(key), key)
+    if places[place] == _ZERO:
+        return take(places, rows, state, place, tag_of(key), key)
+    return row_at(places, rows, place)
 
 
 @inlined
-def clear_bit(rows: Rows, used: NDArray[np.int64], key: Int, column: Int, bit: Int) -> Int:
-    """Clears a slot's bit, and the row if nobody is left; whether it was set."""
-    row = find(rows, key)
-    if rows[row, 0] == _ZERO or (rows[row, column] & bit) == _ZERO:
-        return False
+def set_bit(rows: Rows, row: Int, column: Int, bit: Int) -> Int:
+    """Sets a slot's bit; whether it was clear."""
+    mask = rows[row, column]
+    rows[row, column] = mask | bit
+    return (mask & bit) == _ZERO
+
+
+@inlined
+def clear_bit(places: Places, rows: Rows, state: State, key: Int, column: Int, bit: Int) -> None:
+    """Clears a slot's bit, and gives the row back if nobody is left."""
+    place = seek(places, rows, tag_of(key), key)
+    row = row_at(places, rows, place)
+    if (rows[row, column] & bit) == _ZERO:
+        return
     rows[row, column] &= ~bit
     for other in range(1, rows.shape[1]):
         if rows[row, other] != _ZERO:
-            return True
-    erase(rows, row)
-    used[0] -= 1
-    return True
-
-
-@inlined
-def erase(rows: Rows, row: Int) -> None:
-    """Empties a row and moves later rows of the same run back over it."""
-    last = np.uint64(len(rows) - 1)
-    hole, probe = row, (row + _ONE) & last
-    while rows[probe, 0] != _ZERO:
-        home = rows[probe, 0] & last
-        if ((probe - home) & last) >= ((probe - hole) & last):
-            for column in range(rows.shape[1]):
-                rows[hole, column] = rows[probe, column]
-            hole = probe
-        probe = (probe + _ONE) & last
-    for column in range(rows.shape[1]):
-        rows[hole, column] = _ZERO
+            return
+    give_back(places, rows, state, place)
 
 
 @compiled
-def copy_rows(old: Rows, old_words: Int, new: Rows, new_words: Int) -> None:
-    """Fills an empty table from another with as many or fewer words and planes."""
+def _copy_rows(old: Rows, old_words: Int, new: Rows, new_words: Int) -> None:
     planes = (old.shape[1] - 1) // old_words
     for row in range(len(old)):
-        if old[row, 0] != _ZERO:
-            target = find(new, old[row, 0])
-            new[target, 0] = old[row, 0]
-            for plane in range(planes):
-                for word in range(old_words):
-                    new[target, 1 + plane * new_words + word] = old[row, 1 + plane * old_words + word]
+        new[row, 0] = old[row, 0]
+        if old[row, 0] == _ZERO:
+            new[row, new.shape[1] - 1] = old[row, old.shape[1] - 1]  # the next free row
+            continue
+        for plane in range(planes):
+            for word in range(old_words):
+                new[row, 1 + plane * new_words + word] = old[row, 1 + plane * old_words + word]
 
 
 @compiled
-def count_bits(rows: Rows, words: Int, counts: NDArray[np.int64]) -> Int:
-    """Adds up the bits of each slot, into [planes, slots]; answers rows in use, or -1 if a row can't be found or is nobody's."""
-    used = 0
-    for row in range(len(rows)):
+def count_bits(table: Int, counts: NDArray[np.int64]) -> Int:
+    """Adds up the bits of each slot, into [tiers, slots]; answers rows in use, or -1 if a row can't be found or is nobody's."""
+    state = state_at(table)
+    places, rows, words, used = places_of(state), rows_of(state), np.int64(state[WORDS]), 0
+    for row in range(np.int64(state[TOP])):
         if rows[row, 0] == _ZERO:
             continue
         used += 1
@@ -112,34 +126,91 @@ def count_bits(rows: Rows, words: Int, counts: NDArray[np.int64]) -> Int:
             while mask != _ZERO:
                 counts[column // words, np.uint64((column % words) * 64) + trailing_zeros(mask)] += 1
                 mask &= mask - _ONE
-        if held == _ZERO or find(rows, rows[row, 0]) != row:
+        if held == _ZERO or row_of(places, rows, tag_of(rows[row, 0]), rows[row, 0]) != np.uint64(row):
             return -1
     return used
 
 
 @inlined
-def _advance(rows: Rows, row: Int, words: Int, word: Int, state: Rows) -> None:
-    """Sorts the slots of a word that are still on their prefix by the best tier that holds this block; the others fall out."""
-    alive = _ZERO
-    for plane in range(len(state)):
-        alive |= state[plane, word]
-    for plane in range(len(state)):
-        state[plane, word] = rows[row, 1 + plane * words + word] & alive
-        alive &= ~state[plane, word]
+def _next_row(places: Places, rows: Rows, keys: NDArray[np.uint64], index: Int, guess: Int) -> Int:
+    """The row of block `index`; the spare one if nobody holds it."""
+    if rows[guess, 0] == keys[index]:
+        return guess
+    if index + _FAR < len(keys):
+        prefetch_place(places, tag_of(keys[index + _FAR]))
+    if index + _NEAR < len(keys):
+        prefetch_row(places, rows, tag_of(keys[index + _NEAR]))
+    return row_of(places, rows, tag_of(keys[index]), keys[index])
 
 
 @inlined
-def _turn(rows: Rows, row: Int, words: Int, index: Int, state: Rows, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> Int:
+def _same(rows: Rows, row: Int, keys: NDArray[np.uint64], index: Int, mask: Int) -> Int:
+    """How many blocks from `index` on are those of the rows from `row` on, and are held by all of `mask`. One tier, one word."""
+    end = min(np.int64(len(keys)) - np.int64(index), np.int64(len(rows)) - np.int64(row))
+    count = 0
+    while count + _STRIDE <= end:
+        wrong = _ZERO
+        for step in range(count, count + _STRIDE):
+            wrong |= (rows[np.int64(row) + step, 0] ^ keys[index + step]) | (~rows[np.int64(row) + step, 1] & mask)
+        if wrong != _ZERO:
+            break
+        count += _STRIDE
+    while count < end and rows[np.int64(row) + count, 0] == keys[index + count] and (~rows[np.int64(row) + count, 1] & mask) == _ZERO:
+        count += 1
+    return count
+
+
+@inlined
+def _end(slots: Int, index: Int, blocks: NDArray[np.int32]) -> None:
+    """Ends the prefix of each slot of a mask at `index`. One tier, one word."""
+    while slots != _ZERO:
+        blocks[0, trailing_zeros(slots)] = index
+        slots &= slots - _ONE
+
+
+@compiled
+def _match_plain(state: State, keys: NDArray[np.uint64], blocks: NDArray[np.int32]) -> None:
+    """`match_prefix` with one tier and one word of slots."""
+    places, rows = places_of(state), rows_of(state)
+    row = _next_row(places, rows, keys, 0, spare(rows))
+    mask, index = rows[row, 1], 1
+    while mask != _ZERO:
+        same = _same(rows, row + _ONE, keys, index, mask)
+        index += same
+        row += np.uint64(same)
+        if index == len(keys):
+            _end(mask, index, blocks)
+            return
+        row = _next_row(places, rows, keys, index, row + _ONE)
+        _end(mask & ~rows[row, 1], index, blocks)
+        mask &= rows[row, 1]
+        index += 1
+
+
+@inlined
+def _advance(rows: Rows, row: Int, words: int, word: Int, runs: Rows) -> None:
+    """Sorts the slots of a word that are still on their prefix by the best tier that holds this block; the others fall out."""
+    alive = _ZERO
+    for plane in range(len(runs)):
+        alive |= runs[plane, word]
+    for plane in range(len(runs)):
+        runs[plane, word] = rows[row, 1 + plane * words + word] & alive
+        alive &= ~runs[plane, word]
+
+
+@inlined
+def _turn(rows: Rows, row: Int, words: Int, index: Int, runs: Rows, since: NDArray[np.int32], blocks: NDArray[np.int32]) -> Int:
     """Books and moves all slots whose best tier is another from block `index` on; whether any slot is left."""
     left = _ZERO
-    before = np.empty(len(state), np.uint64)
+    before = np.empty(len(runs), np.uint64)
     for word in range(words):
-        before[:] = state[:, word]
-        _advance(rows, row, words, word, state)
+        for plane in range(len(runs)):
+            before[plane] = runs[plane, word]
+        _advance(rows, row, words, word, runs)
         changed = _ZERO
-        for plane in range(len(state)):
-            changed |= before[plane] ^ state[plane, word]
-            left |= state[plane, word]
+        for plane in range(len(runs)):
+            changed |= before[plane] ^ runs[plane, word]
+            left |= runs[plane, word]
         _book(changed, before, word, index, since, blocks)
     return left != _ZERO
 
@@ -158,58 +229,60 @@ def _book(changed: Int, tiers: Rows, word: Int, index: Int, since: NDArray[np.in
 
 
 @inlined
-def _stays(rows: Rows, row: Int, words: Int, state: Rows) -> Int:
+def _stays(rows: Rows, row: Int, words: Int, runs: Rows) -> Int:
     """Whether every slot that is on its prefix has this block in the same best tier as the one before."""
     for word in range(words):
         alive = _ZERO
-        for plane in range(len(state)):
-            alive |= state[plane, word]
-        for plane in range(len(state)):
+        for plane in range(len(runs)):
+            alive |= runs[plane, word]
+        for plane in range(len(runs)):
             mask = rows[row, 1 + plane * words + word] & alive
-            if mask != state[plane, word]:
+            if mask != runs[plane, word]:
                 return False
             alive &= ~mask
     return True
 
 
 @inlined
-def _run(rows: Rows, keys: NDArray[np.uint64], begin: Int, words: Int, state: Rows) -> Int:
-    """First block from `begin` on at which anything changes for any slot; len(keys) if nothing does."""
-    last, base, stride = np.uint64(len(rows) - 1), np.uint64(rows.ctypes.data), np.uint64(8 * rows.shape[1])
-    for ahead in range(begin, min(begin + _AHEAD, len(keys))):
-        prefetch(base + (keys[ahead] & last) * stride)
-    plain, mask = len(state) == 1 and words == 1, state[0, 0]
-    for index in range(begin, len(keys)):
-        if index + _AHEAD < len(keys):
-            prefetch(base + (keys[index + _AHEAD] & last) * stride)
-        row = find(rows, keys[index])
-        if plain:
-            if rows[row, 1] & mask != mask:
-                return index
-        elif not _stays(rows, row, words, state):
-            return index
-    return len(keys)
+def _first(rows: Rows, row: Int, words: Int, runs: Rows, since: NDArray[np.int32]) -> Int:
+    """Begins the runs of all slots that hold the first block; whether there are any."""
+    left = _ZERO
+    for word in range(words):
+        held = _ZERO
+        for plane in range(len(runs)):
+            runs[plane, word] = rows[row, 1 + plane * words + word] & ~held
+            held |= runs[plane, word]
+        left |= held
+    return left != _ZERO
 
 
 @compiled
-def match_prefix(rows: Rows, words: Int, keys: NDArray[np.uint64], blocks: NDArray[np.int32]) -> None:
-    """Adds each slot's prefix by best tier to `blocks`, int32 [>= planes, 64 * words]; stops when no slot is left.
+def _match_tiers(state: State, keys: NDArray[np.uint64], blocks: NDArray[np.int32]) -> None:
+    """`match_prefix` with any number of tiers and words."""
+    places, rows, words = places_of(state), rows_of(state), np.int64(state[WORDS])
+    runs = np.zeros(((rows.shape[1] - 1) // words, words), np.uint64)
+    since = np.zeros(64 * words, np.int32)
+    row, index = _next_row(places, rows, keys, 0, spare(rows)), 1
+    left = _first(rows, row, words, runs, since)
+    while left and index < len(keys):
+        row = _next_row(places, rows, keys, index, row + _ONE)
+        if not _stays(rows, row, words, runs):
+            left = _turn(rows, row, words, index, runs, since, blocks)
+        index += 1
+    _turn(rows, spare(rows), words, index, runs, since, blocks)
+
+
+@compiled
+def match_prefix(table: Int, keys: NDArray[np.uint64], blocks: NDArray[np.int32]) -> None:
+    """Adds each slot's prefix by best tier to `blocks`, int32 [tiers, slots], of zeros; stops when no slot is left.
 
     A slot is only touched where its best tier changes or its prefix ends: a thousand blocks that a worker holds on the
-    GPU cost a thousand lookups and one addition.
+    GPU cost a thousand comparisons and one addition.
     """
-    planes = (rows.shape[1] - 1) // words
-    state = np.zeros((planes, words), np.uint64)
-    state[0] = ~_ZERO  # before the first block everybody is on its prefix
-    since = np.zeros(64 * words, np.int32)
-    index, left = 0, len(keys) > 0
-    while left:
-        left = _turn(rows, find(rows, keys[index]), words, index, state, since, blocks)
-        index = _run(rows, keys, index + 1, words, state) if left else index
-        if index == len(keys):
-            left = False
-            for word in range(words):
-                everybody = _ZERO
-                for plane in range(planes):
-                    everybody |= state[plane, word]
-                _book(everybody, np.ascontiguousarray(state[:, word]), word, index, since, blocks)
+    state, wanted = state_at(table), words_at(keys.ctypes.data, len(keys))  # one type of array, read-only or not
+    if len(keys) == 0:
+        return
+    if rows_of(state).shape[1] == 2:
+        _match_plain(state, wanted, blocks)
+    else:
+        _match_tiers(state, wanted, blocks)

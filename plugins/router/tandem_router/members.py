@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem_protocol.kv_events import BlockStored, Tier
-from tandem_router.holdings import copy_holdings, empty_holdings
-from tandem_router.index_table import Rows
+from tandem_router.holdings import BIT, COLUMNS, FACTS, PLACE, REQUIRED, TABLE, copy_holdings
+from tandem_router.places import Rows, Table
 
 MAX_SLOTS = 4096
-_LEAST_ROWS = 1024
+_LEAST_BLOCKS = 600
 _FULL_KINDS = frozenset({None, "full_attention", "mla_attention", "sink_full_attention", "unknown"})
 """Kinds of KV-cache group (vLLM's KVCacheSpecKind) without which no prefix hit is possible; None from publishers that don't say."""
 
@@ -25,7 +25,7 @@ class Member:
     dp_rank: int
     block_size: int
     """0 until its first event tells."""
-    rows: Rows = field(default_factory=lambda: empty_holdings(_LEAST_ROWS))
+    table: Table = field(default_factory=lambda: Table.empty(_LEAST_BLOCKS, COLUMNS))
     """See `holdings`."""
     held: int = 0
     """Rows in use: blocks that it holds in any tier."""
@@ -34,21 +34,42 @@ class Member:
     full: int = 0
     partial: int = 0
     """Groups by kind: with and without full attention."""
-    required: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(3, np.uint64))
-    place: NDArray[np.uint64] = field(init=False)
-
+    required: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Groups without which a block isn't complete, by tier: bitmasks. Changed by `require` alone."""
     learned: set[tuple[int, str | None, Tier]] = field(default_factory=set)
     """What events have told about groups."""
+    address: int = field(init=False)
+    """Of the slot's facts: what compiled code gets."""
+    _facts: NDArray[np.uint64] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._facts = np.zeros(FACTS, np.uint64)
+        self.address = self._facts.ctypes.data
+        self._facts[BIT] = 1 << (self.slot % 64)
+        self._facts[TABLE] = self.table.address
         self.settle(self.slot // 64 + 1)
 
     def settle(self, words: int) -> None:
-        """Notes the width of the index's masks. `place` is where the slot's bit is in it: a column per tier, then the bit."""
-        columns = [1 + tier * words + self.slot // 64 for tier in Tier]
-        self.place = np.array([*columns, 1 << (self.slot % 64)], np.uint64)
+        """Notes the width of the index's masks, and so the column of the slot's word for each tier."""
+        for tier in Tier:
+            self._facts[PLACE + tier] = 1 + tier * words + self.slot // 64
 
-    def learn(self, event: BlockStored) -> NDArray[np.uint64] | None:
+    def require(self, tier: Tier, groups: int) -> None:
+        """Notes which groups a block needs in a tier; the caller brings the tables in line."""
+        self.required[tier] = groups
+        self._facts[REQUIRED + tier] = groups
+
+    def use(self, table: Table) -> None:
+        """Takes another table with the same content."""
+        self.table = table
+        self._facts[TABLE] = table.address
+
+    @property
+    def rows(self) -> Rows:
+        """Rows that were ever in use; those whose key is 0 are free."""
+        return self.table.rows[: self.table.top]
+
+    def learn(self, event: BlockStored) -> list[int] | None:
         """Notes the event's group; answers which groups are required from now on, by tier, for the caller to enforce.
 
         None if it tells nothing new.
@@ -68,24 +89,23 @@ class Member:
         else:
             self.full, self.partial = self.full & ~bit, self.partial | bit
         self.seen[event.tier] |= bit
-        return np.array([groups & self.full if self.full else groups for groups in self.seen], np.uint64)
+        return [groups & self.full if self.full else groups for groups in self.seen]
 
     def counts(self, group: int, tier: Tier) -> bool:
         """Whether the group matters in the tier."""
-        return bool(int(self.required[tier]) >> group & 1)
+        return bool(self.required[tier] >> group & 1)
 
     def reserve(self, blocks: int) -> None:
         """Makes room for so many more rows."""
-        if 3 * (self.held + blocks) > 2 * len(self.rows):
-            self.rebuild(self.held + blocks)
+        if not self.table.has_room(blocks):
+            self.use(self.table.bigger(self.held + blocks))
 
-    def rebuild(self, blocks: int) -> None:
-        """Moves to a table with room for `blocks` rows, without those that no group holds."""
-        rows = empty_holdings(max(_LEAST_ROWS, capacity_for(blocks)))
-        self.held = copy_holdings(self.rows, rows)
-        self.rows = rows
+    def compact(self) -> None:
+        """Leaves out the rows that no group holds, and gives back the room that isn't needed."""
+        self.fill(self.rows)
 
-
-def capacity_for(blocks: int) -> int:
-    """Rows of a table for so many blocks: a power of two, filled between a third and two thirds."""
-    return 1 << (3 * blocks // 2).bit_length()
+    def fill(self, rows: Rows) -> None:
+        """Holds what `rows` [n, 3] of another table say, and nothing else."""
+        table = Table.empty(max(_LEAST_BLOCKS, len(rows)), COLUMNS)
+        self.held = copy_holdings(rows, table.address)
+        self.use(table)

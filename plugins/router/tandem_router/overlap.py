@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the index answers: how much of a prompt each worker has already, and in which tier."""
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, eq=False)
-class Overlap:
+class Overlap(msgspec.Struct, frozen=True, eq=False):
     """Leading blocks of one prompt by slot."""
 
     blocks: NDArray[np.int32]

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.kv_events import Tier
-from tandem_router.holdings import copy_holdings, empty_holdings
-from tandem_router.members import MAX_SLOTS, Member, capacity_for
+from tandem_router.members import MAX_SLOTS, Member
 
 _VERSION = 1
 
@@ -39,7 +38,7 @@ def pack(members: Iterable[Member]) -> bytes:
     arrays, slots = {}, []
     for m in members:
         learned = [(group, kind, int(tier)) for group, kind, tier in m.learned]
-        slots.append(_Slot(m.slot, m.name, m.dp_rank, m.block_size, m.seen, m.full, m.partial, m.required.tolist(), learned))
+        slots.append(_Slot(m.slot, m.name, m.dp_rank, m.block_size, m.seen, m.full, m.partial, m.required, learned))
         arrays[f"rows{m.slot}"] = m.rows[m.rows[:, 1] != 0]
     arrays["header"] = np.frombuffer(msgspec.json.encode(_Header(_VERSION, slots)), np.uint8)
     out = io.BytesIO()
@@ -65,6 +64,5 @@ def _member(slot: _Slot, rows: NDArray[np.uint64]) -> Member:
         raise ValueError("an array has another shape")
     member = Member(slot.slot, slot.name, slot.dp_rank, slot.block_size, seen=slot.seen, full=slot.full, partial=slot.partial)
     member.learned = {(group, kind, Tier(tier)) for group, kind, tier in slot.learned}
-    member.rows = empty_holdings(capacity_for(max(len(rows), 1024)))
-    member.held = copy_holdings(np.ascontiguousarray(rows), member.rows)
+    member.fill(np.ascontiguousarray(rows))
     return member

@@ -7,14 +7,15 @@ import mmap
 import numpy as np
 from numpy.typing import NDArray
 
-_HUGE_BYTES = 2 << 20
+HUGE_BYTES = 2 << 20
+"""Smaller arrays come from the heap."""
 
 
-def zeroed(rows: int, columns: int) -> NDArray[np.uint64]:
-    """uint64 [rows, columns] of zeros; given back to the system with the array."""
-    size = rows * columns * 8
-    if size < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.zeros((rows, columns), np.uint64)
-    pages = mmap.mmap(-1, -(-size // _HUGE_BYTES) * _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def zeroed(words: int) -> NDArray[np.uint64]:
+    """uint64 [words] of zeros; takes memory where it is first written, and is given back to the system with the array."""
+    size = words * 8
+    if size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(words, np.uint64)
+    pages = mmap.mmap(-1, -(-size // HUGE_BYTES) * HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint64, rows * columns).reshape(rows, columns)
+    return np.frombuffer(pages, np.uint64, words)
