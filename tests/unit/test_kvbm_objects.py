@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem_kvbm.blob import CorruptBlockError
-from tandem_kvbm.objects.breaker import Breaker
+from tandem_kvbm.breaker import Breaker
 from tandem_kvbm.objects.config import ObjectConfig
 from tandem_kvbm.objects.counters import DESCRIPTIONS, Count
 from tandem_kvbm.objects.deadline import Deadline, DeadlineError

@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import Final
 
 from tandem_kvbm.blob import CorruptBlockError, check_footer, make_footer
+from tandem_kvbm.breaker import Breaker
 from tandem_kvbm.disk.files import BlockFiles
 from tandem_kvbm.disk.index import Index
 from tandem_kvbm.disk.options import DiskOptions
 from tandem_kvbm.disk.seat import Seat, take_seat
 from tandem_kvbm.layout import Layout
-from tandem_kvbm.objects.breaker import Breaker
 from tandem_kvbm.store import BlockStore, MissingBlockError, StoreStats, StoreUnavailableError, Written
 from tandem_protocol.errors import ConfigError
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from tandem_kvbm.blob import FOOTER_BYTES, CorruptBlockError, check_footer, make_footer
-from tandem_kvbm.objects.breaker import Breaker
+from tandem_kvbm.breaker import Breaker
 from tandem_kvbm.objects.bucket import Bucket
 from tandem_kvbm.objects.config import ObjectConfig
 from tandem_kvbm.objects.counters import Count, Counters

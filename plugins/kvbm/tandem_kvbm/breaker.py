@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A circuit breaker: after failures in a row the bucket is left alone for a while, so that requests don't wait for it in turn.
+"""A circuit breaker: after failures in a row a store is left alone for a while, so that requests don't wait for it in turn.
 
 Closed: all pass. Open: none passes until the back-off ends. Then one passes as a trial; its success closes the breaker, its failure
 doubles the back-off. Thread-safe.
@@ -36,12 +36,12 @@ class Breaker:
             return True
 
     def succeeded(self) -> None:
-        """The bucket answered, whatever it said of the block."""
+        """The store answered, whatever it said of the block."""
         with self._lock:
             self._failures, self._backoff_s, self._open_until, self._trial = 0, self._first_s, None, False
 
     def failed(self) -> None:
-        """The bucket did not answer in time, or refused."""
+        """The store did not answer in time, or refused."""
         with self._lock:
             self._failures += 1
             if self._open_until is None and self._failures >= self._limit:
