@@ -10,6 +10,7 @@ exits with 1 if a check failed.
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -269,6 +270,7 @@ def main() -> int:
     args = parser.parse_args()
     args.model = args.model or str(embedded_model())
     args.log_dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit must not leave the server behind
     machine = hardware.detect()
     gpu = bool(machine.gpus)
     report: dict[str, Any] = {"benchmark": "sleep", "hardware": machine.describe(), "versions": hardware.versions(), "model": args.model,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin server of one router: `/live`, `/health`, `/metrics`, `/fleet`, and `GET|POST /busy_threshold`.
+"""The admin server of one router: `/live`, `/health`, `/metrics`, `/fleet`, `GET|POST /busy_threshold`, and
+`POST /clear_kv_blocks`, which empties the prefix caches of all workers.
 
 It runs on the router's event loop and listens on loopback by default.
 """
@@ -15,9 +16,10 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from tandem_protocol.admin_site import METRICS_TYPE, AdminSite
+from tandem_protocol.admin_site import METRICS_TYPE, AdminSite, bad_request, json_object
 from tandem_protocol.errors import ConfigError
 from tandem_router.busy import BusyThresholds
+from tandem_router.clearing import clear_fleet
 from tandem_router.feed import EventFeed
 from tandem_router.fleet import Fleet
 from tandem_router.index import KvIndex
@@ -74,6 +76,7 @@ class AdminServer:
             web.get("/fleet", self._fleet),
             web.get("/busy_threshold", self._thresholds),
             web.post("/busy_threshold", self._set_thresholds),
+            web.post("/clear_kv_blocks", self._clear_kv_blocks),
         ])
         return app
 
@@ -109,13 +112,23 @@ class AdminServer:
         log.info("router.thresholds %s", thresholds)
         return web.json_response(dataclasses.asdict(thresholds))
 
+    async def _clear_kv_blocks(self, request: web.Request) -> web.Response:
+        force = (await json_object(request)).get("force", False)
+        if not isinstance(force, bool):
+            raise bad_request("force must be true or false")
+        answers = await clear_fleet([record for record, _ in self._router.fleet.members], force=force)
+        done = all(answer.cleared for answer in answers)
+        body = {"status": "success" if done else "error", "workers": [dataclasses.asdict(answer) for answer in answers]}
+        return web.json_response(body, status=200 if done else 502)
+
 
 def fleet_report(router: Served) -> dict[str, Any]:
     """Every worker of the model, its load and index, why placement leaves it out; and the other routers."""
     loads, blocks = _load_by_worker(router.fleet), _blocks_by_worker(router.index)
     workers = [
         {"id": record.id, "role": record.role, "state": record.state, "grpc_url": record.grpc_url, "triton_model": record.triton_model,
-         "admin_url": record.admin_url, "placed": not reason, "reason": reason, "index_blocks": blocks[record.id], **loads[record.id]}
+         "admin_url": record.admin_url, "loras": list(record.loras), "placed": not reason, "reason": reason,
+         "index_blocks": blocks[record.id], **loads[record.id]}
         for record, reason in router.fleet.members
     ]
     ready = router.prepared and bool(router.fleet.generating.workers)

@@ -49,11 +49,11 @@ ASLEEP = Gauge("tandem_asleep", "1 while this worker sleeps", ["worker"])
 class SleepCycle:
     """The sleep of one worker."""
 
-    def __init__(self, host: SleepingHost, engine: SleepingEngine, verify: Callable[[], Awaitable[None]], abilities: Abilities,
+    def __init__(self, host: SleepingHost, engine: SleepingEngine, step: Callable[[], Awaitable[None]], abilities: Abilities,
                  name: str) -> None:
-        """`verify` has the engine answer one token, past the host's queue, or raises."""
+        """`step` has the engine answer one token, past the host's queue, or raises."""
         self.abilities = abilities
-        self._host, self._engine, self._verify, self._name = host, engine, verify, name
+        self._host, self._engine, self._step, self._name = host, engine, step, name
         self._level: int | None = None
         self._away: frozenset[str] = frozenset()
         """The tags whose memory is not there."""
@@ -229,7 +229,7 @@ class SleepCycle:
     async def _check(self) -> None:
         """An engine that only looks awake must not be placed on."""
         async with _bounded("the first token", _VERIFY_TIMEOUT_S):
-            await self._verify()
+            await self._step()
 
     # --- the prefix cache ---
 
