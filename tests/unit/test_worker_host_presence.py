@@ -119,8 +119,9 @@ async def _status(host: EngineHost) -> tuple[str, str | None]:
     return host.status().state.value, host.status().reason
 
 
-def test_a_worker_retires_before_it_refuses(host: EngineHost) -> None:
+def test_a_worker_retires_before_it_refuses(host: EngineHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routers know of the drain while requests that are on their way are still taken."""
+    monkeypatch.setattr("tandem_worker.host._SEEN_S", 0.0)
     presence = announce(host)
     host.run(host.retire()).result(WAIT_S)
     assert (host.state, presence.told) == (WorkerState.READY, ["ready", "draining", "settled draining"])

@@ -36,6 +36,8 @@ _WATCH_INTERVAL_S = 0.25
 _STOP_TIMEOUT_S = 10.0
 _SETTLE_TIMEOUT_S = 5.0
 """How long discovery may take to hold a new state before the worker goes on without it."""
+_SEEN_S = 0.5
+"""From then until routers have seen it, too: a folder is looked at every 0.2 s, and what is sent meanwhile is still served."""
 _DUMP_S = 1.0
 """Between the request for stacks and the end of who prints them; also a supervisor's chance to see the reason on `/live`."""
 _ENGINE_STOP_TIMEOUT_S = 3.0
@@ -132,6 +134,8 @@ class EngineHost:
         self._presence.follow(WorkerState.DRAINING)
         if not await self._presence.settle(WorkerState.DRAINING, _SETTLE_TIMEOUT_S):
             log.warning("worker.retire_unseen: discovery did not take the change within %g s", _SETTLE_TIMEOUT_S)
+        elif self._presence.status is not None:
+            await asyncio.sleep(_SEEN_S)
 
     def enter(self, state: WorkerState, reason: str | None = None) -> bool:
         """Goes into a state unless the engine is lost or the worker stops; whether it did. On the event loop."""
