@@ -10,18 +10,19 @@ import pytest
 from consolidators import CLEARED, Consumer, named, payload, removed, stored
 from tandem_kvbm.consolidator import wire
 from tandem_kvbm.consolidator.history import Dump, History, make_dump
-from tandem_kvbm.consolidator.lane_terms import Limits
+from tandem_kvbm.consolidator.plan import ALL_RANKS, LaneLimits
 from tandem_kvbm.consolidator.state_file import load_lane, read_state, save_lane, write_state
-from tandem_kvbm.consolidator.tracker import ALL_RANKS, Tracker
+from tandem_kvbm.consolidator.tracker import Tracker
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.event_link import DUMP_TOPIC
 from tandem_protocol.event_sequence_terms import Position
+from tandem_protocol.kv_events import Tier
 
 
 class _Stream:
     """A tracker, and all that comes of what it is given."""
 
-    def __init__(self, ranks: dict[str, int] | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, ranks: dict[str, int] | None = None, limits: LaneLimits | None = None) -> None:
         self.tracker = Tracker(ranks or {"engine": 0}, limits)
         self.consumers = {rank: Consumer() for rank in self.tracker.lanes}
 
@@ -115,7 +116,7 @@ def test_a_child_that_left_while_it_waited_is_never_published() -> None:
 
 def test_orphans_are_given_up_in_time_and_beyond_the_bound() -> None:
     """They are counted; and a later store that says more is taken as ever."""
-    stream = _Stream(limits=Limits(max_orphans=2, orphan_s=10.0))
+    stream = _Stream(limits=LaneLimits(max_orphans=2, orphan_s=10.0))
     stream.feed(stored([11], 1, "CPU"), stored([12], 1, "CPU"), stored([13], 1, "CPU"))
     assert (stream.counts().expired, stream.tracker.lanes[0].waiting) == (1, 2)
     stream.tracker.expire(11.0)
@@ -182,7 +183,7 @@ def test_another_engine_may_have_another_block_size() -> None:
 
 def test_blocks_beyond_the_bound_are_refused_and_counted() -> None:
     """A child of one that was refused waits in vain."""
-    stream = _Stream(limits=Limits(max_blocks=1024))
+    stream = _Stream(limits=LaneLimits(max_blocks=1024))
     stream.feed(stored(list(range(1, 1025))))
     assert stream.feed(stored([5000], 1024)) == []
     assert stream.counts().refused == 1
@@ -219,6 +220,50 @@ def test_a_batch_that_cannot_be_read_changes_nothing(broken: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         stream.tracker.apply("engine", broken, 0.0)
     assert stream.tracker.lanes[0].held == 0
+
+
+def _events_of(stream: _Stream, *events: dict[str, Any]) -> list[dict[str, Any]]:
+    """What goes out for one batch."""
+    changes = stream.tracker.apply("engine", payload(*events), 0.0)
+    return [event for change in changes for event in msgspec.msgpack.decode(change.payload())[1]]
+
+
+def test_an_event_per_block_becomes_an_event_per_run() -> None:
+    """As tiers send them; with all tokens, in the first one's place."""
+    events = _events_of(_Stream(), *(stored([block], block - 1 if block > 1 else None, "CPU") for block in range(1, 5)))
+    assert [(event["block_hashes"], event["parent_block_hash"], event["token_ids"]) for event in events] == [
+        ([1, 2, 3, 4], None, [1, 2, 2, 3, 3, 4, 4, 5])]
+
+
+def test_siblings_and_strangers_do_not_become_a_run() -> None:
+    """Each keeps its parent; so do those whose parent comes later in the same batch."""
+    stream = _Stream()
+    stream.feed(stored([1]), stored([7], 1), stored([8], 1), stored([20]), stored([31], 30), stored([30]))
+    assert stream.consumers[0].held.keys() == {(Tier.GPU, 0, block) for block in (1, 7, 8, 20, 30, 31)}
+
+
+def test_one_bad_event_among_many_costs_only_itself() -> None:
+    """Its tokens don't fill its block."""
+    stream = _Stream()
+    stream.feed(stored([1]), stored([2], 1, token_ids=[2]), stored([3]))
+    assert stream.consumers[0].held.keys() == {(Tier.GPU, 0, 1), (Tier.GPU, 0, 3)}
+    assert stream.counts().mismatched == 1
+
+
+def test_extra_keys_stay_with_their_blocks() -> None:
+    """Also where the events around have none."""
+    events = _events_of(_Stream(), stored([1]), stored([2], 1, extra_keys=[["image"]]), stored([3], 2, extra_keys=[None]))
+    assert [(event["block_hashes"], event["extra_keys"]) for event in events] == [([1], None), ([2], [["image"]]), ([3], [None])]
+
+
+def test_arrays_of_any_length_are_joined() -> None:
+    """Headers of one, three and five bytes."""
+    values = [list(range(size)) for size in (2, 2, 15, 16, 70_000)]
+    raw, sizes = wire.joined([msgspec.Raw(msgspec.msgpack.encode(value)) for value in values])
+    assert sizes == [2, 2, 15, 16, 70_000]
+    assert msgspec.msgpack.decode(raw) == [number for value in values for number in value]
+    with pytest.raises(msgspec.ValidationError):
+        wire.joined([msgspec.Raw(b"\x90"), msgspec.Raw(b"\xc0")])
 
 
 def test_many_removals_are_read_as_one_array() -> None:
@@ -294,7 +339,7 @@ def test_the_state_survives_on_disk(tmp_path: Path) -> None:
     saved = read_state(tmp_path / "deep" / "state")
     assert saved is not None
     assert saved.positions == {"engine x": Position(7, 5)}
-    stream.tracker.lanes[0] = type(lane)(Limits(), load_lane(saved.lanes[0]), saved.lanes[0].places, 0.0)
+    stream.tracker.lanes[0] = type(lane)(LaneLimits(), load_lane(saved.lanes[0]), saved.lanes[0].places, 0.0)
     assert stream.feed(removed([1], "CPU")) == []
     assert _brief(stream.feed(stored([8], 1))) == [("BlockStored", "GPU", [8]), ("BlockStored", "CPU", [9])]
 

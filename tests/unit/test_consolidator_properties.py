@@ -41,7 +41,18 @@ _events = st.one_of(
     st.builds(lambda blocks, medium, more: removed(blocks, medium, **more), st.lists(_blocks, min_size=1, max_size=4), _mediums, _fields),
     st.builds(lambda blocks, medium: removed(blocks, medium), st.lists(_blocks, min_size=1, max_size=4), _mediums), st.just(CLEARED),
 )
-_batches = st.lists(_events, min_size=1, max_size=4)
+
+
+@st.composite
+def _runs(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Events in a row that differ only in their blocks, in any order, some of them twice: what tiers send, and is done at once."""
+    medium, more = draw(_mediums), draw(_fields)
+    firsts = draw(st.lists(_blocks, min_size=2, max_size=8))
+    sizes = [draw(st.integers(1, 2)) if first % 5 < 4 else 1 for first in firsts]
+    return [stored(list(range(first, first + size)), _PARENT[first], medium, **more) for first, size in zip(firsts, sizes, strict=True)]
+
+
+_batches = st.one_of(st.lists(_events, min_size=1, max_size=4), _runs(), st.builds(list.__add__, _runs(), _runs()))
 
 
 @settings(max_examples=300, deadline=None)

@@ -18,22 +18,20 @@ from tandem_kvbm.consolidator.tracker import Tracker
 from tandem_protocol.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-WATCHED_VARIABLE = "TANDEM_CONSOLIDATOR_WATCHED_PID"
-"""Set by whoever starts it beside something: with the end of that process it ends, too."""
 
 
 def main() -> int:
     """Runs until it is told to stop; exits with 2 for a wrong setting."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        asyncio.run(run(load_settings(), int(os.environ.get(WATCHED_VARIABLE) or 0)))
+        asyncio.run(run(load_settings()))
     except ConfigError as exc:
         sys.stderr.write(f"tandem consolidator: {exc}\n")
         return 2
     return 0
 
 
-async def run(settings: ConsolidatorSettings, watched_pid: int = 0) -> None:
+async def run(settings: ConsolidatorSettings) -> None:
     """Serves until a signal comes or the watched process is gone. Raises ConfigError."""
     warm_up()
     pump = Pump(settings.plan())
@@ -42,7 +40,7 @@ async def run(settings: ConsolidatorSettings, watched_pid: int = 0) -> None:
         port = await admin.start(settings.admin_host, settings.effective_admin_port)
         pump.start()
         _log.info("consolidator.started port=%d publishers=%d admin=%d", settings.published_port, len(settings.all_publishers), port)
-        await _until_told(watched_pid)
+        await _until_told(settings.watched_pid)
     finally:
         await admin.stop()
         await asyncio.to_thread(pump.close)

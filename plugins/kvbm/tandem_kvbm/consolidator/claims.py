@@ -79,10 +79,10 @@ def _settle(table: Table, slot: Int, first: Int) -> Int:
 
 @compiled
 def store(
-    table: Table, hashes: NDArray[np.uint64], tokens: NDArray[np.uint32], has_parent: Int, parent: Int, lora: Int, place: Int, unit: Int,
-    counting: Int, slots: NDArray[np.int64], codes: NDArray[np.uint8],
+    table: Table, hashes: NDArray[np.uint64], tokens: NDArray[np.uint32], parents: NDArray[np.uint64], has_parents: NDArray[np.bool_],
+    lora: Int, place: Int, unit: Int, counting: Int, slots: NDArray[np.int64], codes: NDArray[np.uint8],
 ) -> None:
-    """One holder has a run of blocks. `tokens`: [n * B], or empty where they aren't known.
+    """One holder has more blocks. `tokens`: [n * B], or empty where they aren't known; `parents`, `has_parents`: [n].
 
     Answers `slots` [n] (-1: refused) and `codes` [n].
     """
@@ -96,8 +96,7 @@ def store(
             slot = take(table, hashes[index])
         code = 0
         if len(tokens) > 0 and not table.facts[slot, FLAGS] & CONTENT:
-            before = parent if index == 0 else hashes[index - 1]
-            _learn(table, slot, tokens, index * size, has_parent or index > 0, before, lora)
+            _learn(table, slot, tokens, index * size, has_parents[index], parents[index], lora)
             code = LEARNED
         first = _claim(table, slot, place, unit, counting)
         slots[index], codes[index] = slot, code | _settle(table, slot, first)

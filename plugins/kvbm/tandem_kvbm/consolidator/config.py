@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem_kvbm.consolidator.intake import Publisher
-from tandem_kvbm.consolidator.lane_terms import Limits
-from tandem_kvbm.consolidator.pump import Plan
-from tandem_kvbm.consolidator.tracker import ALL_RANKS
+from tandem_kvbm.consolidator.plan import ALL_RANKS, LaneLimits, Plan, Publisher
+from tandem_kvbm.consolidator.supervisor import WATCHED_VARIABLE
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.settings import parse_bool, parse_float, parse_int, resolve, setting
 
@@ -44,7 +42,7 @@ class ConsolidatorSettings:
     )
     port: int = setting(
         env="TANDEM_CONSOLIDATOR_PORT", default=0, parse=_port, unit="port", flag=False,
-        help="Port of the consolidated stream itself, in place of the derived one; 0 derives it. Replay answers 1000 ports above.",
+        help="First port of consolidated streams, plus worker index, in place of 57001; 0: that one. Replay answers 1000 above.",
     )
     worker_index: int = setting(
         env="TANDEM_CONSOLIDATOR_WORKER_INDEX", default=0, parse=parse_int(0, 999), flag=False,
@@ -101,6 +99,10 @@ class ConsolidatorSettings:
         env="TANDEM_CONSOLIDATOR_SAVE_S", default=30.0, parse=parse_float(0.5, 86_400), unit="s", flag=False,
         help="How often the state is written if it changed; a crash replays from there, so it should be well below the buffer's time.",
     )
+    watched_pid: int = setting(
+        env=WATCHED_VARIABLE, default=0, parse=parse_int(0, 1 << 22), flag=False,
+        help="With the end of this process it ends, too; 0 for none. `tandem serve` sets it, so that no consolidator outlives its run.",
+    )
 
     def __post_init__(self) -> None:
         names = [publisher.name for publisher in self.all_publishers]
@@ -116,7 +118,7 @@ class ConsolidatorSettings:
     @property
     def published_port(self) -> int:
         """Port of the consolidated stream; its replay socket is `PUBLISH_OFFSET` above."""
-        return self.port or self.leader_pub_port + PUBLISH_OFFSET + self.worker_index
+        return (self.port or self.leader_pub_port + PUBLISH_OFFSET) + self.worker_index
 
     @property
     def effective_admin_port(self) -> int:
@@ -132,7 +134,7 @@ class ConsolidatorSettings:
 
     def plan(self) -> Plan:
         """What the settings come to."""
-        limits = Limits(max_blocks=self.max_blocks, max_orphans=self.max_orphans, orphan_s=self.orphan_s)
+        limits = LaneLimits(max_blocks=self.max_blocks, max_orphans=self.max_orphans, orphan_s=self.orphan_s)
         port = self.published_port
         return Plan(
             publishers=self.all_publishers, endpoint=f"tcp://{self.host}:{port}",

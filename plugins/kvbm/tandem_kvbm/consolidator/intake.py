@@ -3,10 +3,10 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
+from tandem_kvbm.consolidator.plan import Publisher
 from tandem_kvbm.consolidator.tracker import Change, Tracker
 from tandem_protocol.errors import TandemError
 from tandem_protocol.event_follower import Follower
@@ -16,22 +16,6 @@ from tandem_protocol.event_sequence_terms import Limits, Phase, Position
 from tandem_protocol.workers import EventSource
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Publisher:
-    """A stream to follow."""
-
-    name: str
-    endpoint: str
-    replay_endpoint: str
-    rank: int
-    """Whose blocks it tells of; `tracker.ALL_RANKS` for tiers that all ranks share."""
-
-    @property
-    def key(self) -> str:
-        """What it is known by in the state file: another endpoint is another publisher."""
-        return f"{self.name} {self.endpoint}"
 
 
 class Intake:

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from tandem_kvbm.consolidator import claims, wire
 from tandem_kvbm.consolidator import table as tables
 from tandem_kvbm.consolidator.content import Adapter, Content, Kind, Slots, Unit, removed, stored
-from tandem_kvbm.consolidator.lane_terms import Counts, Limits, Place, Waiting
+from tandem_kvbm.consolidator.lane_terms import Counts, Place, Waiting
 from tandem_kvbm.consolidator.operations import Remove, Store
+from tandem_kvbm.consolidator.plan import LaneLimits
 from tandem_protocol.errors import TandemError
 from tandem_protocol.kv_events import Tier
 
@@ -30,13 +31,13 @@ _NO_TOKENS = np.empty(0, np.uint32)
 class Lane:
     """Holders in, events out. `now`: any clock in seconds that doesn't run backwards."""
 
-    def __init__(self, limits: Limits | None = None, content: Content | None = None, places: list[Place] | None = None,
+    def __init__(self, limits: LaneLimits | None = None, content: Content | None = None, places: list[Place] | None = None,
                  now: float = 0.0) -> None:
         """`content` and `places`: those of a lane of an earlier process."""
         self.counts = Counts()
         self.content = content or Content()
         self.places = places or []
-        self._limits = limits or Limits()
+        self._limits = limits or LaneLimits()
         self._numbers = {place: number for number, place in enumerate(self.places)}
         self._units = {unit: number for number, unit in enumerate(self.content.units)}
         self._adapters = {adapter: number for number, adapter in enumerate(self.content.adapters)}
@@ -69,8 +70,8 @@ class Lane:
         slots, codes = np.empty(size, np.int64), np.empty(size, np.uint8)
         unit = self._units[self.places[place].unit]
         claims.store(
-            self.content.table, operation.hashes, operation.tokens, operation.parent is not None, np.uint64(operation.parent or 0), adapter,
-            place, unit, operation.tier is not Tier.GPU, slots, codes,
+            self.content.table, operation.hashes, operation.tokens, operation.parents, operation.has_parents, adapter, place, unit,
+            operation.tier is not Tier.GPU, slots, codes,
         )
         return self._tell(operation, slots, codes, now)
 
@@ -184,7 +185,8 @@ class Lane:
         self._count(codes, merged)
         unit = Unit(operation.tier, operation.group)
         events: list[wire.Event] = []
-        if merged & (claims.ALL | claims.LOOSE) == 0 and len(operation.tokens) and int(np.bitwise_and.reduce(codes)) & claims.ANNOUNCE:
+        all_new = len(codes) > 0 and int(np.bitwise_and.reduce(codes)) & claims.ANNOUNCE
+        if all_new and operation.chained and len(operation.tokens) and merged & (claims.ALL | claims.LOOSE) == 0:
             events.append(self._passed_on(operation))
             self.counts.announced += len(codes)
         elif merged & (claims.ANNOUNCE | claims.ALL):
@@ -211,7 +213,7 @@ class Lane:
         kind = self.content.kinds.get(operation.group)
         if kind is not None:
             event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window = kind.name, kind.sliding_window
-        event.parent_block_hash = operation.parent
+        event.parent_block_hash = int(operation.parents[0]) if operation.has_parents[0] else None
         if not wire.is_integers(event.block_hashes):
             event.block_hashes = wire.raw_hashes(operation.hashes)
         return event

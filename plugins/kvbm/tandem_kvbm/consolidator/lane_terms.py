@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words in which `lane` speaks: its bounds, its counters, a holder's claim, blocks in waiting."""
+"""The words in which `lane` speaks: its counters, a holder's claim, blocks in waiting."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -8,15 +8,6 @@ import msgspec
 
 from tandem_kvbm.consolidator.content import Unit
 from tandem_kvbm.consolidator.operations import Owner
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one lane."""
-
-    max_blocks: int = 1 << 22
-    max_orphans: int = 1 << 16
-    orphan_s: float = 30.0
 
 
 @dataclass

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch of events as a few operations on arrays. Everything that can be wrong with a batch shows here, before anything is changed."""
+"""A batch of events as a few operations on arrays. Everything that can be wrong with a batch shows here, before anything is changed.
+
+vLLM sends an event per block where tiers store and where the device evicts. Events in a row that differ only in their blocks are one
+operation: what an event costs is mostly the number of array operations that it leads to.
+"""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,11 +29,15 @@ class Owner:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """One owner has a run of blocks."""
+    """One owner has n blocks more."""
 
     hashes: NDArray[np.uint64]
     tokens: NDArray[np.uint32]
-    parent: int | None
+    """All blocks', or none."""
+    parents: NDArray[np.uint64]
+    has_parents: NDArray[np.bool_]
+    chained: bool
+    """Each block but the first has the one before it as its parent, so that `event` says it all."""
     extras: list[bytes] | None
     tier: Tier
     group: int
@@ -56,33 +64,72 @@ Operation = Store | Remove | Clear
 
 
 def operations(events: list[wire.Event]) -> list[Operation]:
-    """In the order of the events; successive removals of one kind are one operation. Raises msgspec.ValidationError."""
+    """In the order of the events. Raises msgspec.ValidationError."""
     result: list[Operation] = []
-    for kind, together in groupby(events, _kind):
+    for kind, group in groupby(events, _kind):
+        together = list(group)
         if kind is None:
-            result.extend(_single(event) for event in together)
-        else:
+            result.extend(Clear() for _ in together)
+        elif isinstance(together[0], wire.Removed):
             hashes = wire.hashes_of_many([event.block_hashes for event in together if isinstance(event, wire.Removed)])
-            result.append(Remove(hashes, *kind))
+            result.append(Remove(hashes, wire.tier_of(kind[0]), _group(kind[1]), _owner(together[0])))
+        else:
+            result.extend(_stores([event for event in together if isinstance(event, wire.Stored)]))
     return result
 
 
-def _kind(event: wire.Event) -> tuple[Tier, int | None, Owner] | None:
-    """What removals must have in common to be done at once; None for other events."""
-    if not isinstance(event, wire.Removed):
-        return None
-    return wire.tier_of(event.medium), _group(event.group_idx), _owner(event)
+def _kind(event: wire.Event) -> tuple[str | None, int | None, str | None, str | None, *tuple[object, ...]] | None:
+    """What events must have in common to be done at once: medium, group, owner, and what else a store says. None for Clear."""
+    if isinstance(event, wire.Removed):
+        return event.medium, event.group_idx, event.ownership, event.locality
+    if isinstance(event, wire.Stored):
+        return (event.medium, event.group_idx, event.ownership, event.locality, event.block_size, event.lora_name, event.lora_id,
+                event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window)
+    return None
 
 
-def _single(event: wire.Event) -> Store | Clear:
-    if not isinstance(event, wire.Stored):
-        return Clear()
-    hashes = read_hashes(event.block_hashes)
+def _stores(events: list[wire.Stored]) -> list[Store]:
+    """One, if all of them are complete and have no extra keys."""
+    block_size = events[0].block_size
+    if len(events) > 1 and block_size > 0 and wire.nothing_extra(events):
+        hashes, sizes = wire.joined([event.block_hashes for event in events])
+        tokens, lengths = wire.joined([event.token_ids for event in events])
+        if lengths == [block_size * size for size in sizes] and 0 not in sizes:
+            return [_joined(events, hashes, tokens, sizes)]
+    return [_single(event) for event in events]
+
+
+def _joined(events: list[wire.Stored], raw_hashes: msgspec.Raw, raw_tokens: msgspec.Raw, sizes: list[int]) -> Store:
+    """Several stores as one. If each begins where the last ended, the first event becomes that of all."""
+    event, hashes = events[0], read_hashes(raw_hashes)
+    begins = np.cumsum([0, *sizes[:-1]])
+    given = [wire.low_bits(one.parent_block_hash) for one in events]
+    parents, has_parents = _parents(hashes)
+    chained = given[1:] == parents[begins[1:]].tolist()
+    parents[begins], has_parents[begins] = [parent or 0 for parent in given], [parent is not None for parent in given]
+    if chained:
+        event.block_hashes, event.token_ids = raw_hashes, raw_tokens
+        event.extra_keys = msgspec.Raw(wire.NIL)
+    return Store(hashes, read_tokens(raw_tokens), parents, has_parents, chained, None, wire.tier_of(event.medium),
+                 _group(event.group_idx) or 0, _owner(event), event)
+
+
+def _single(event: wire.Stored) -> Store:
+    hashes, parent = read_hashes(event.block_hashes), wire.low_bits(event.parent_block_hash)
+    parents, has_parents = _parents(hashes)
+    parents[:1], has_parents[:1] = parent or 0, parent is not None
     return Store(
-        hashes=hashes, tokens=read_tokens(event.token_ids), parent=wire.low_bits(event.parent_block_hash),
+        hashes=hashes, tokens=read_tokens(event.token_ids), parents=parents, has_parents=has_parents, chained=True,
         extras=wire.extras_of(event.extra_keys, len(hashes)), tier=wire.tier_of(event.medium), group=_group(event.group_idx) or 0,
         owner=_owner(event), event=event,
     )
+
+
+def _parents(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Parents of a run of blocks, the first one's still to be told."""
+    parents, has_parents = np.zeros(len(hashes), np.uint64), np.ones(len(hashes), np.bool_)
+    parents[1:] = hashes[:-1]
+    return parents, has_parents
 
 
 def _group(group: int | None) -> int | None:
@@ -91,7 +138,9 @@ def _group(group: int | None) -> int | None:
     return group
 
 
-def _owner(event: wire.Stored | wire.Removed) -> Owner:
+def _owner(event: wire.Event) -> Owner:
+    if isinstance(event, wire.Cleared):
+        return _NOBODY
     return _NOBODY if event.ownership is None and event.locality is None else Owner(event.ownership or "", event.locality or "")
 
 

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -20,38 +19,22 @@ import zmq
 from tandem_kvbm.consolidator import history
 from tandem_kvbm.consolidator.content import Content
 from tandem_kvbm.consolidator.history import Dump, History
-from tandem_kvbm.consolidator.intake import Intake, Publisher, make_link
+from tandem_kvbm.consolidator.intake import Intake, make_link
 from tandem_kvbm.consolidator.lane import Lane
-from tandem_kvbm.consolidator.lane_terms import Limits as LaneLimits
 from tandem_kvbm.consolidator.lane_terms import Place
 from tandem_kvbm.consolidator.outlet import Outlet
+from tandem_kvbm.consolidator.plan import ALL_RANKS, Plan, Publisher
 from tandem_kvbm.consolidator.report import Report, report_on
 from tandem_kvbm.consolidator.state_file import SavedLane, load_lane, read_state, save_lane, write_state
-from tandem_kvbm.consolidator.tracker import ALL_RANKS, Change, Tracker
+from tandem_kvbm.consolidator.tracker import Change, Tracker
 from tandem_protocol.errors import ConfigError, TandemError
-from tandem_protocol.event_sequence_terms import Limits, Position
+from tandem_protocol.event_sequence_terms import Position
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.05
 """How late a deadline may be noticed."""
 _CLOSE_S = 10.0
 _MOST_QUESTIONS = 64
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a consolidator does."""
-
-    publishers: tuple[Publisher, ...]
-    endpoint: str
-    """To bind."""
-    replay_endpoint: str
-    buffer_steps: int = 10_000
-    lane: LaneLimits = field(default_factory=LaneLimits)
-    sequence: Limits = field(default_factory=Limits)
-    state: Path | None = None
-    save_s: float = 30.0
-    """Between two writes of the state, if anything changed."""
 
 
 class Pump:

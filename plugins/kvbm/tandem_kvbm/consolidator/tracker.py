@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from tandem_kvbm.consolidator import wire
 from tandem_kvbm.consolidator.lane import Lane
-from tandem_kvbm.consolidator.lane_terms import Limits
 from tandem_kvbm.consolidator.operations import Operation, Remove, Store, operations
-
-ALL_RANKS = -1
-"""The rank of a publisher whose blocks every rank can use."""
+from tandem_kvbm.consolidator.plan import ALL_RANKS, LaneLimits
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Change:
 class Tracker:
     """Lanes by rank. `source`: the name of a publisher."""
 
-    def __init__(self, ranks: Mapping[str, int], limits: Limits | None = None, lanes: Mapping[int, Lane] | None = None) -> None:
+    def __init__(self, ranks: Mapping[str, int], limits: LaneLimits | None = None, lanes: Mapping[int, Lane] | None = None) -> None:
         """`ranks`: each publisher's rank, or ALL_RANKS. `lanes`: those of an earlier process."""
         self.ranks = dict(ranks)
         wanted = sorted({rank for rank in ranks.values() if rank != ALL_RANKS} or {0})

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tandem_protocol.kv_events import Tier
 from tandem_protocol.msgpack_integers import read_hashes
 
-_NIL = b"\xc0"
+NIL = b"\xc0"
 _EMPTY_LIST = b"\x90"
+_NO_EXTRAS = frozenset({NIL, _EMPTY_LIST, b"\x91" + NIL})
 _LOW_BITS = 0xFFFF_FFFF_FFFF_FFFF
 _TIERS: dict[str | None, Tier] = {None: Tier.GPU, **{tier.name: tier for tier in Tier}}
 
@@ -31,7 +32,7 @@ class Stored(msgspec.Struct, tag="BlockStored"):
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
-    extra_keys: msgspec.Raw = msgspec.Raw(_NIL)
+    extra_keys: msgspec.Raw = msgspec.Raw(NIL)
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None
@@ -121,12 +122,30 @@ def encode(timestamp_s: float, events: Sequence[Event], dp_rank: int | None) -> 
 
 def hashes_of_many(raws: Sequence[msgspec.Raw]) -> NDArray[np.uint64]:
     """The hashes of several events one after the other: vLLM sends one event per evicted block, and reading each for itself costs."""
-    if len(raws) == 1:
-        return read_hashes(raws[0])
+    return read_hashes(raws[0] if len(raws) == 1 else joined(raws)[0])
+
+
+def joined(raws: Sequence[msgspec.Raw]) -> tuple[msgspec.Raw, list[int]]:
+    """One array of several, and how many elements each had. Raises msgspec.ValidationError for what isn't an array."""
     parts = [bytes(raw) for raw in raws]
-    if all(part[:1] == b"\x91" for part in parts):
-        return read_hashes(msgspec.Raw(b"\xdd" + len(parts).to_bytes(4, "big") + b"".join([part[1:] for part in parts])))
-    return np.concatenate([read_hashes(raw) for raw in raws])
+    size, count = _header(parts[0])
+    head = parts[0][:size]
+    if all(part.startswith(head) for part in parts):  # usual, and several times as fast
+        counts, bodies = [count] * len(parts), [part[size:] for part in parts]
+    else:
+        headers = [_header(part) for part in parts]
+        counts, bodies = [count for _, count in headers], [part[size:] for part, (size, _) in zip(parts, headers, strict=True)]
+    return msgspec.Raw(b"".join([b"\xdd", sum(counts).to_bytes(4, "big"), *bodies])), counts
+
+
+def _header(part: bytes) -> tuple[int, int]:
+    """Bytes of an array's header, and its elements."""
+    if part[0] & 0xF0 == 0x90:
+        return 1, part[0] & 0x0F
+    if part[0] not in (0xDC, 0xDD):
+        raise msgspec.ValidationError("expected an array of integers or byte strings")
+    size = 3 if part[0] == 0xDC else 5
+    return size, int.from_bytes(part[1:size], "big")
 
 
 def raw_hashes(hashes: NDArray[np.uint64]) -> msgspec.Raw:
@@ -141,14 +160,19 @@ def raw_tokens(tokens: NDArray[np.uint32]) -> msgspec.Raw:
 
 def extras_of(raw: msgspec.Raw, blocks: int) -> list[bytes] | None:
     """Each block's own entry of `extra_keys`; None if no block has any. Raises msgspec.ValidationError if they don't fit the blocks."""
-    if memoryview(raw)[0] == _NIL[0]:
+    if memoryview(raw)[0] == NIL[0]:
         return None
     entries = [bytes(entry) for entry in _RAWS.decode(raw)]
-    if all(entry in (_NIL, _EMPTY_LIST) for entry in entries):
+    if all(entry in (NIL, _EMPTY_LIST) for entry in entries):
         return None
     if len(entries) != blocks:
         raise msgspec.ValidationError(f"{len(entries)} extra_keys for {blocks} block hashes")
     return entries
+
+
+def nothing_extra(events: Sequence[Stored]) -> bool:
+    """Whether none of them has extra keys; of those with several blocks only one without the field is sure."""
+    return {bytes(event.extra_keys) for event in events} <= _NO_EXTRAS
 
 
 def raw_extras(entries: Sequence[bytes]) -> msgspec.Raw:
