@@ -105,13 +105,13 @@ def _tandem(options: Options, *, name: str, mode: str, model: str) -> Iterator[L
     """`tandem serve --detach` in the given mode, loaded at the given Triton model."""
     log = options.log_dir / f"{name}-launcher.log"
     try:
-        _tandem_command(_serve_arguments(options, mode), log, options.start_timeout_s + LAUNCHER_MARGIN_S)
+        tandem_command(_serve_arguments(options, mode), log, options.start_timeout_s + LAUNCHER_MARGIN_S)
         source = TritonServer(f"{HOST}:{options.port + _PORT_OFFSETS['grpc-port']}", model)
         with LoadGenerator(source, options.clients, options.log_dir / f"{name}-client") as load:
             yield load
             _save_metrics(options, name)
     finally:
-        _tandem_command(["stop", f"--http-port={options.port}"], log, STOP_TIMEOUT_S, check=False)
+        tandem_command(["stop", f"--http-port={options.port}"], log, STOP_TIMEOUT_S, check=False)
         _save_log(options, name)
 
 
@@ -122,7 +122,8 @@ def _serve_arguments(options: Options, mode: str) -> list[str]:
     return ["serve", "--detach", "--routers=0", f"--mode={mode}", f"--model={options.model}", timeout, *ports, *flags]
 
 
-def _tandem_command(arguments: list[str], log: Path, timeout_s: float, *, check: bool = True) -> None:
+def tandem_command(arguments: list[str], log: Path, timeout_s: float, *, check: bool = True) -> None:
+    """Runs `tandem` with these arguments. Raises BenchmarkError with the launcher's own sentence, unless a failure is of no interest."""
     # Output goes to a file, not to a pipe: the detached server inherits it, and a pipe would never see its end.
     with log.open("ab") as output:
         try:
