@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tandem_kvbm.config import KvbmSettings
+from tandem_kvbm.consolidator.config import ConsolidatorSettings
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
 from tandem_router.config import RouterSettings
@@ -16,16 +17,17 @@ from tandem_worker.config import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
+SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [(settings, name) for settings in (WorkerSettings, RouterSettings, KvbmSettings) for name in specs_of(settings)]
+    ("settings", "name"), [(settings, name) for settings in SETTINGS for name in specs_of(settings)]
 )
 def test_every_setting_is_documented_with_its_default(settings: type[Any], name: str) -> None:
     """docs/configuration.md has a row for each setting: variable, name, default, unit, and the very help text."""
     spec = specs_of(settings)[name]
     default = {field.name: field.default for field in dataclasses.fields(settings)}[name]
-    shown = "unset" if default in (None, "") else str(default).lower() if isinstance(default, bool) else str(default)
+    shown = "unset" if default in (None, "", ()) else str(default).lower() if isinstance(default, bool) else str(default)
     flag = f"`--{name.replace('_', '-')}`" if spec.flag else DASH
     row = f"| `{spec.env}` | {flag} | `{name}` | {shown} | {spec.unit or DASH} | {spec.help} |"
     assert row in (ROOT / "docs" / "configuration.md").read_text()

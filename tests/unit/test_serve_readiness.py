@@ -81,3 +81,10 @@ def test_the_time_since_the_last_engine_was_ready_is_told(monkeypatch: pytest.Mo
     clock[0] = 107.0
     progress.show("worker.ready model=prefill\n")
     assert progress.all_ready_for() == 7
+
+
+def test_a_consolidator_that_cannot_start_ends_the_wait() -> None:
+    """Its own sentence is the reason; what its supervisor says of later ends is not."""
+    said = "the consolidated KV events can't be published at tcp://0.0.0.0:57001 (Address already in use): set TANDEM_CONSOLIDATOR_PORT"
+    assert load_failure(f"I1121 starting\ntandem consolidator: {said}\n") == f"a consolidator of KV events did not start: {said}"
+    assert load_failure("2026 ERROR __main__ consolidator.ended code=-9 early_ends=1: starting it again in 0.5 s\n") is None

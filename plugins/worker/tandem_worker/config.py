@@ -22,6 +22,7 @@ IGNORED_PARAMETERS = frozenset({"REPORT_CUSTOM_METRICS", "ENABLE_VLLM_HEALTH_CHE
 
 REGISTERED_PORTS = (1024, 49151)
 HIGHEST_PORT = 65535
+CONSOLIDATED_PORT_VARIABLE = "TANDEM_CONSOLIDATED_PORT"
 
 
 def _host_and_port(text: str) -> str:
@@ -83,6 +84,11 @@ class WorkerSettings:
     kv_event_port: int = setting(
         env="DYN_VLLM_KV_EVENT_PORT", default=20080, parse=parse_int(*REGISTERED_PORTS), unit="port",
         help="First ZMQ port of KV events, plus worker index and data-parallel rank. Registered ports only: ephemeral ones get taken.",
+    )
+    consolidated_port: int = setting(
+        env=CONSOLIDATED_PORT_VARIABLE, default=0, parse=parse_int(0, HIGHEST_PORT), unit="port", flag=False,
+        help="First port at which consolidators publish for workers with kvbm, plus worker index: what routers are told in place of the "
+             "engine's. 0: none do. `tandem serve` sets it.",
     )
     side_channel_port: int = setting(
         env="VLLM_NIXL_SIDE_CHANNEL_PORT", default=5600, parse=parse_int(*REGISTERED_PORTS), unit="port",
@@ -177,6 +183,11 @@ class WorkerSettings:
     def publishes_kv_events(self) -> bool:
         """Whether a router has a use for this worker's KV events: decode workers' only serve conditional disaggregation."""
         return self.effective_role is not Role.DECODE or self.conditional_disagg
+
+    @property
+    def effective_consolidated_port(self) -> int:
+        """Where a consolidator publishes for this worker; 0 if none does. Only kvbm's tiers make one worth it."""
+        return self.consolidated_port + self.worker_index if self.consolidated_port and "kvbm" in self.effective_connectors else 0
 
     @property
     def effective_admin_port(self) -> int:

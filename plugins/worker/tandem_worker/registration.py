@@ -19,6 +19,7 @@ from tandem_protocol import workers
 from tandem_protocol.discovery import Discovery, Registration
 from tandem_protocol.errors import UnavailableError
 from tandem_protocol.workers import EventSource, WorkerRecord
+from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings
 from tandem_worker.status import WorkerState
 
@@ -62,7 +63,7 @@ def build_record(settings: WorkerSettings, names: WorkerNames, config: Any) -> W
         grpc_url=settings.grpc_url,
         triton_model=names.triton_model,
         admin_url=_admin_url(settings, names.admin_port),
-        event_sources=_event_sources(config, reachable_host(settings)),
+        event_sources=_event_sources(config, reachable_host(settings), settings.effective_consolidated_port),
         block_size=int(config.cache_config.block_size),
         total_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_num_seqs=int(config.scheduler_config.max_num_seqs),
@@ -84,17 +85,28 @@ def _admin_url(settings: WorkerSettings, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def _event_sources(config: Any, host: str) -> tuple[EventSource, ...]:
-    """One per data-parallel rank: vLLM adds the rank to the port of a TCP endpoint (`ZmqEventPublisher.offset_endpoint_port`)."""
+def _event_sources(config: Any, host: str, consolidated_port: int) -> tuple[EventSource, ...]:
+    """One per data-parallel rank: vLLM adds the rank to the port of a TCP endpoint (`ZmqEventPublisher.offset_endpoint_port`).
+
+    A consolidator has one endpoint for all ranks. Without events of the engine's there is nothing for it to publish.
+    """
     events = config.kv_events_config
     if events is None or not events.enable_kv_cache_events or events.publisher != "zmq":
         return ()
+    ranks = range(int(config.parallel_config.data_parallel_size))
+    if consolidated_port:
+        return tuple(_consolidated(host, consolidated_port, rank, len(ranks)) for rank in ranks)
 
     def source(rank: int) -> EventSource:
         endpoint, replay = _endpoint(events.endpoint, host, rank), _endpoint(events.replay_endpoint, host, rank)
         return EventSource(dp_rank=rank, endpoint=endpoint, replay_endpoint=replay)
 
-    return tuple(map(source, range(int(config.parallel_config.data_parallel_size))))
+    return tuple(map(source, ranks))
+
+
+def _consolidated(host: str, port: int, rank: int, ranks: int) -> EventSource:
+    replay = f"tcp://{host}:{port + REPLAY_PORT_OFFSET}"
+    return EventSource(dp_rank=rank, endpoint=f"tcp://{host}:{port}", replay_endpoint=replay, merged=ranks > 1)
 
 
 def _endpoint(bound: str | None, host: str, rank: int) -> str:

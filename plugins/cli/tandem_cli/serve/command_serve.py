@@ -19,6 +19,7 @@ import psutil
 
 from tandem_cli.serve import options as serve_options
 from tandem_cli.serve.command_stop import stop_run
+from tandem_cli.serve.consolidators import Sidecar, plan_sidecars, start_sidecars, workers_environment
 from tandem_cli.serve.embedded_model import embedded_model
 from tandem_cli.serve.fleet import ROUTER, Fleet, Hardware, WorkerPlan, plan_fleet
 from tandem_cli.serve.layout import RunFolder, run_folder, source_root
@@ -54,12 +55,14 @@ def run(args: argparse.Namespace) -> int:
     settings = [_settings(worker, options) for worker in fleet.workers]
     check_tiers(settings, {**os.environ, **options.environment})
     routers = _router_ports(options)
-    check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers)])
+    sidecars = plan_sidecars(settings, options.engine_arguments, {**os.environ, **options.environment}, folder)
+    check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers),
+                 *(port for sidecar in sidecars for port in sidecar.ports())])
     if options.model:
         check_model(options.model)
     options = replace(options, model=options.model or str(embedded_model()))
-    environment = {**_discovery(options, folder), **_environment(options, fleet, hardware)}
-    state = _start(options, fleet, settings, folder, environment, routers)
+    environment = {**_discovery(options, folder), **workers_environment(sidecars), **_environment(options, fleet, hardware)}
+    state = _start(options, fleet, settings, folder, environment, routers, sidecars)
     return _serve(state, folder, options)
 
 
@@ -138,19 +141,21 @@ def _environment(options: ServeOptions, fleet: Fleet, hardware: Hardware) -> dic
 
 
 def _start(options: ServeOptions, fleet: Fleet, settings: list[WorkerSettings], folder: RunFolder, environment: dict[str, str],
-           router_ports: list[int]) -> RunState:
+           router_ports: list[int], sidecars: tuple[Sidecar, ...]) -> RunState:
     install = find_triton()
     folder.path.mkdir(parents=True, exist_ok=True)
     write_repository(fleet, str(options.model), source_root() / "model_repository", folder.models)
     join_backends(install, source_root() / "backends" / "vllm", folder.backends)
     run_id = uuid.uuid4().hex
+    environment = {**environment, RUN_ID_VARIABLE: run_id}
     ports = (options.http_port, options.grpc_port, options.metrics_port)
     with folder.log.open("wb") as log:
         server = subprocess.Popen(
             server_command(install, folder.models, folder.backends, ports, options.start_timeout_s),
-            env=server_environment(install, {**environment, RUN_ID_VARIABLE: run_id}),
+            env=server_environment(install, environment),
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )
+        start_sidecars(sidecars, server.pid, {**os.environ, **environment}, log)
     admin = {plan.name: f"http://{one.admin_host}:{one.effective_admin_port}" for plan, one in zip(fleet.workers, settings, strict=True)}
     state = RunState(run_id, server.pid, psutil.Process(server.pid).create_time(), *ports, models=fleet.model_names, admin_urls=admin,
                      router_urls=tuple(f"http://127.0.0.1:{port}" for port in router_ports))

@@ -22,6 +22,7 @@ _FAILED = re.compile(
     r"(?:(?:TritonModelException|ConfigError): )?(?P<reason>(?:\\[^n]|[^\\\n\"])+)"
 )
 """Triton writes a message on one line, with quotes and line ends escaped; a Python traceback follows the first line."""
+_SIDECAR_FAILED = re.compile(r"^tandem consolidator: (?P<reason>.+)$", re.MULTILINE)
 _LOG_TAIL_LINES = 15
 _SERVER_GRACE_S = 60.0
 """From the last engine's readiness to the server's own, usually under a second. Triton stops a stub that doesn't beat for a
@@ -101,9 +102,12 @@ def _answers(url: str) -> bool:
 
 
 def load_failure(log_text: str) -> str | None:
-    """Why a model failed to load, from Triton's log; None if none failed."""
+    """Why a model failed to load or a consolidator to start, from the log; None if none failed."""
     match = _FAILED.search(log_text)
-    return f"model {match['model']} did not start: {_unescape(match['reason']).strip()}" if match else None
+    if match is not None:
+        return f"model {match['model']} did not start: {_unescape(match['reason']).strip()}"
+    match = _SIDECAR_FAILED.search(log_text)
+    return f"a consolidator of KV events did not start: {match['reason']}" if match else None
 
 
 def _unescape(text: str) -> str:
