@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The load of the index benchmark: prompts, which worker stores which, and the same as vLLM events and as RadixTree's JSON."""
 
+import functools
 import json
 from dataclasses import dataclass
 
@@ -41,6 +42,11 @@ class Workload:
     events: list[tuple[int, BlockStored]]
     frames: list[tuple[int, bytes]]
     radix: list[tuple[int, bytes]]
+
+    @functools.cached_property
+    def most_blocks(self) -> int:
+        """What the fullest worker stores, repetitions included: all have such a device."""
+        return int(np.bincount([worker for worker, _ in self.events], [len(event.hashes) for _, event in self.events]).max())
 
     @property
     def stored_blocks(self) -> int:

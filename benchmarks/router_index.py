@@ -134,7 +134,7 @@ def _measure(load: Workload, repeat: int, seconds: float) -> dict[str, Any]:
 def _new_index(load: Workload) -> KvIndex:
     index = KvIndex()
     for worker in range(load.workers):
-        index.add_worker(str(worker), 0, BLOCK_SIZE)
+        index.add_worker(str(worker), 0, BLOCK_SIZE, load.most_blocks)
     return index
 
 

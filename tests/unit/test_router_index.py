@@ -33,7 +33,7 @@ def bare(begin: int, end: int, **changes: object) -> BlockStored:
 
 @pytest.fixture
 def index() -> KvIndex:
-    index = KvIndex()
+    index = KvIndex(max_blocks=1 << 18)
     assert [index.add_worker("a", 0, SIZE), index.add_worker("b", 0, SIZE)] == [0, 1]
     return index
 
@@ -179,6 +179,20 @@ def test_workers_come_and_go(index: KvIndex) -> None:
     assert index.add_worker("c", 0) == 0
     assert index.match(KEYS).total.tolist() == [0, 5, 0]
     index.check_integrity()
+
+
+def test_room_is_made_when_a_worker_says_how_much_it_holds(index: KvIndex) -> None:
+    """No table grows until then, whatever was there stays, and the bound of the index counts, not what a worker claims."""
+    index.apply(0, stored(0, 5))
+    assert [index.add_worker("a", 0, SIZE, 5000), index.add_worker("b", 0, SIZE, 1 << 50)] == [0, 1]
+    assert prefix(index) == [5, 0, 0]
+    places = [index._table.places, index._members[0].table.places]
+    numbers = np.arange(1, 5001)
+    index.apply(0, stored(0, 5000, hashes=numbers.astype(np.uint64), tokens=np.repeat(numbers, SIZE).astype(np.uint32)))
+    assert all(now is before for now, before in zip([index._table.places, index._members[0].table.places], places, strict=True))
+    index.clear(0)
+    index.check_integrity()
+    assert index.size(0) == 0
 
 
 def test_three_hundred_slots() -> None:

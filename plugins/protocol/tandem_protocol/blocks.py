@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.compiled import compiled, fold_multiply, inlined, read_only
+from tandem_protocol.compiled import compiled, fold_multiply, inlined, load_u64, read_only
 from tandem_protocol.errors import RequestError
 
 Keys = NDArray[np.uint64]
@@ -30,9 +30,9 @@ _S3 = np.uint64(0x589965CC75374CC3)
 _S4 = np.uint64(0x1D8E4E27C47D124F)
 _S5 = np.uint64(0xEB44ACCAB455D165)
 _S6 = np.uint64(0x9E3779B97F4A7C15)
-_WORD = np.uint64(32)
 _ONE = np.uint64(1)
 _ZERO = np.uint64(0)
+_USUAL_SIZE = 16
 NO_EXTRA: Keys = read_only(np.empty(0, np.uint64))
 
 
@@ -108,27 +108,28 @@ def _root(salt: np.uint64) -> np.uint64:
 
 
 @inlined
-def _pair(tokens: NDArray[np.uint32], at: int) -> np.uint64:
-    return np.uint64(tokens[at]) | (np.uint64(tokens[at + 1]) << _WORD)
+def _pair(start: np.uint64, at: int) -> np.uint64:
+    # Two tokens, the first below: we run on little-endian machines alone.
+    return load_u64(start + np.uint64(4 * at))
 
 
 @inlined
 def _block(tokens: NDArray[np.uint32], start: int, size: int) -> np.uint64:
     """Hash of one block's tokens alone; two lanes, so that the multiplications overlap."""
-    even, odd, at, end = _S0 ^ np.uint64(size), _S1, start, start + size
-    while at + 8 <= end:
-        even = fold_multiply(even ^ _pair(tokens, at), _S2 ^ _pair(tokens, at + 2))
-        odd = fold_multiply(odd ^ _pair(tokens, at + 4), _S3 ^ _pair(tokens, at + 6))
+    even, odd, at = _S0 ^ np.uint64(size), _S1, 0
+    begin = np.uint64(tokens.ctypes.data) + np.uint64(4 * start)
+    while at + 8 <= size:
+        even = fold_multiply(even ^ _pair(begin, at), _S2 ^ _pair(begin, at + 2))
+        odd = fold_multiply(odd ^ _pair(begin, at + 4), _S3 ^ _pair(begin, at + 6))
         at += 8
-    while at < end:
-        even = fold_multiply(even ^ np.uint64(tokens[at]), _S2 ^ odd)
+    while at < size:
+        even = fold_multiply(even ^ np.uint64(tokens[start + at]), _S2 ^ odd)
         at += 1
     return fold_multiply(even ^ _S4, odd ^ _S5)
 
 
 @inlined
-def chain_into(keys: Keys, parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> None:
-    """Fills `keys` [n] from the tokens [>= n * size] of blocks that follow `parent`; `extra` is empty or [n]. For compiled callers."""
+def _chain_blocks(keys: Keys, parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> None:
     for index in range(len(keys)):
         mixed = _block(tokens, index * size, size)
         if len(extra) > 0 and extra[index] != _ZERO:
@@ -136,6 +137,15 @@ def chain_into(keys: Keys, parent: np.uint64, tokens: NDArray[np.uint32], size: 
         parent = fold_multiply(fold_multiply(parent ^ _S1, mixed ^ _S2) ^ _S6, _S3)
         parent = _ONE if parent == _ZERO else parent
         keys[index] = parent
+
+
+@inlined
+def chain_into(keys: Keys, parent: np.uint64, tokens: NDArray[np.uint32], size: int, extra: Keys) -> None:
+    """Fills `keys` [n] from the tokens [>= n * size] of blocks that follow `parent`; `extra` is empty or [n]. For compiled callers."""
+    if size == _USUAL_SIZE:
+        _chain_blocks(keys, parent, tokens, _USUAL_SIZE, extra)  # compiled for this size alone
+    else:
+        _chain_blocks(keys, parent, tokens, size, extra)
 
 
 @compiled

@@ -114,6 +114,17 @@ load_u64_big_endian = _load_big_endian(64)
 """Eight of them."""
 
 
+def _load(_context: Any, address: Any) -> Any:
+    def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()), align=1)
+
+    return numba.types.uint64(address), emit
+
+
+load_u64: Callable[[np.uint64], np.uint64] = intrinsic(_load)
+"""Eight of them in the machine's own order."""
+
+
 def _trailing_zeros(_context: Any, word: Any) -> Any:
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))

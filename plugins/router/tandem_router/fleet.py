@@ -137,7 +137,8 @@ class Fleet:
         if self._feed is None:
             return
         for source in record.event_sources:
-            self._feed.add(record.id, source, self._index.add_worker(record.id, source.dp_rank, record.block_size))
+            blocks = record.total_blocks // len(dp_ranks(record))
+            self._feed.add(record.id, source, self._index.add_worker(record.id, source.dp_rank, record.block_size, blocks))
 
     def _check_if_due(self, member: _Member) -> None:
         if member.verified or member.check is not None or not member.record.placeable:

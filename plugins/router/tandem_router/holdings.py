@@ -29,6 +29,7 @@ from tandem_router.places import (
     row_at,
     row_of,
     rows_of,
+    rows_of_width,
     seek,
     spare,
     state_at,
@@ -124,7 +125,7 @@ def store(
     """
     facts = words_at(member, FACTS)
     own_state = state_at(facts[TABLE])
-    own_places, own = places_of(own_state), rows_of(own_state)
+    own_places, own = places_of(own_state), rows_of_width(own_state, COLUMNS)
     keys = np.zeros(len(hashes), np.uint64)
     if size > 0:
         key = parent if parent_is_key else own[row_of(own_places, own, _tag(parent), parent), 1]
@@ -142,7 +143,7 @@ def _store_keys(
     """`store`, with our `keys` [n]; a key of 0 takes the one that is known."""
     state = state_at(table)
     places, rows = places_of(state), rows_of(state)
-    guess, required = spare(rows), facts[REQUIRED + tier]
+    guess, required, column, bit = spare(rows), facts[REQUIRED + tier], np.int64(facts[PLACE + tier]), facts[BIT]
     stored, added, unknown, refused = 0, 0, 0, 0
     for index in range(len(hashes)):
         if index + _NEAR < len(hashes):
@@ -174,7 +175,7 @@ def _store_keys(
         if _complete(after, required) and not _complete(before, required):
             held = row_for(places, rows, state, guess, key)
             guess = held + _ONE
-            if not set_bit(rows, held, np.int64(facts[PLACE + tier]), facts[BIT]):
+            if not set_bit(rows, held, column, bit):
                 added -= _supersede(own_places, own, own_state, row, tier, required)
     return stored, added, unknown, refused
 
@@ -206,7 +207,7 @@ def remove(
     facts, state = words_at(member, FACTS), state_at(table)
     places, rows = places_of(state), rows_of(state)
     own_state = state_at(facts[TABLE])
-    own_places, own = places_of(own_state), rows_of(own_state)
+    own_places, own = places_of(own_state), rows_of_width(own_state, COLUMNS)
     removed, gone, required = 0, 0, facts[REQUIRED + tier]
     for index in range(len(hashes)):
         _look_ahead(own_places, own, places, hashes, index)
@@ -235,7 +236,7 @@ def require(table: Int, member: Int, begin: Int, end: Int, tier: Int, new: Int) 
     """
     facts, state = words_at(member, FACTS), state_at(table)
     places, rows = places_of(state), rows_of(state)
-    own = rows_of(state_at(facts[TABLE]))
+    own = rows_of_width(state_at(facts[TABLE]), COLUMNS)
     column, bit, guess = np.int64(facts[PLACE + tier]), facts[BIT], spare(rows)
     for row in range(begin, end):
         if own[row, 1] == _ZERO:
@@ -259,7 +260,7 @@ def faults(table: Int, member: Int, held: NDArray[np.int64]) -> Int:
     facts, state = words_at(member, FACTS), state_at(table)
     places, rows = places_of(state), rows_of(state)
     own_state = state_at(facts[TABLE])
-    own_places, own = places_of(own_state), rows_of(own_state)
+    own_places, own = places_of(own_state), rows_of_width(own_state, COLUMNS)
     wrong = 0
     for row in range(np.int64(own_state[TOP])):
         if own[row, 1] == _ZERO:

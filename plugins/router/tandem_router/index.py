@@ -60,11 +60,18 @@ class KvIndex:
 
     # Workers
 
-    def add_worker(self, name: str, dp_rank: int, block_size: int = 0) -> int:
-        """The slot of a worker's dp rank, new or known. `block_size` 0: taken from its first event."""
+    def add_worker(self, name: str, dp_rank: int, block_size: int = 0, blocks: int = 0) -> int:
+        """The slot of a worker's dp rank, new or known. `block_size` 0: taken from its first event.
+
+        `blocks`: how many it can hold on its device. The memory for them is taken now, so that no event has to wait for it;
+        it may hold more (in other tiers), and 0 means that it isn't known.
+        """
         with self._writing:
             known = [member.slot for member in self._in_use() if (member.name, member.dp_rank) == (name, dp_rank)]
-            return known[0] if known else self._occupy(name, dp_rank, block_size)
+            slot = known[0] if known else self._occupy(name, dp_rank, block_size)
+            if blocks > self._member(slot).room:
+                self._prepare(self._member(slot), blocks)
+            return slot
 
     def remove_worker(self, name: str) -> None:
         """Forgets all dp ranks of a worker; unknown names are no error."""
@@ -164,6 +171,12 @@ class KvIndex:
 
     # Below: the caller holds `_writing`.
 
+    def _prepare(self, member: Member, blocks: int) -> None:
+        others = sum(one.room for one in self._in_use() if one is not member)
+        room = min(blocks, max(0, self._max_blocks - others))
+        member.prepare(room)
+        self._replace(self._table.prepare(others + room))
+
     def _in_use(self) -> list[Member]:
         return [member for member in self._members if member is not None]
 
@@ -191,17 +204,16 @@ class KvIndex:
 
     def _store(self, member: Member, event: BlockStored) -> ApplyResult:
         size = len(event.hashes)
-        if not 0 <= event.group < holdings.GROUPS:
-            return ApplyResult(refused=size)
-        required = member.learn(event)
-        if required is not None:
-            self._enforce(member, required)
-        if not member.counts(event.group, event.tier):
+        if (event.group, event.spec_kind, event.tier) not in member.learned:
+            if not 0 <= event.group < holdings.GROUPS:
+                return ApplyResult(refused=size)
+            self._enforce(member, member.learn(event))
+        if not member.required[event.tier] >> event.group & 1:
             return ApplyResult(ignored=size)
         if len(event.tokens) == 0:
             return self._store_blocks(member, event, _NO_KEY, 0)
         member.block_size = member.block_size or event.block_size
-        misfit = event.block_size != member.block_size or len(event.tokens) != size * event.block_size
+        misfit = event.block_size != member.block_size or len(event.tokens) != size * member.block_size
         if misfit or (event.extra is not None and len(event.extra) != size):
             return ApplyResult(refused=size)
         return self._store_sequence(member, event)
@@ -226,8 +238,10 @@ class KvIndex:
         """Stores blocks of `size` tokens behind `parent`; of size 0: hashes alone. Sets the event aside if its parent isn't known."""
         blocks = len(event.hashes)
         room = min(blocks, self._max_blocks - self._held)
-        member.reserve(room)
-        self._grow(room, event.tier)
+        if not member.table.has_room(room):
+            member.use(member.table.bigger(member.held + room))
+        if event.tier >= self._planes or not self._table.has_room(room):
+            self._grow(room, event.tier)
         store = self._store_piece if blocks <= _PIECE else self._store_pieces
         last, stored, added, unresolved, refused = store(member, event, parent, event.parent is None, size, room)
         if last == 0 and size:

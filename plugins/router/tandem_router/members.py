@@ -27,6 +27,8 @@ class Member:
     """0 until its first event tells."""
     table: Table = field(default_factory=lambda: Table.empty(_LEAST_BLOCKS, COLUMNS))
     """See `holdings`."""
+    room: int = 0
+    """Blocks that it announced to have on its device."""
     held: int = 0
     """Rows in use: blocks that it holds in any tier."""
     seen: list[int] = field(default_factory=lambda: [0, 0, 0])
@@ -69,18 +71,13 @@ class Member:
         """Rows that were ever in use; those whose key is 0 are free."""
         return self.table.rows[: self.table.top]
 
-    def learn(self, event: BlockStored) -> list[int] | None:
+    def learn(self, event: BlockStored) -> list[int]:
         """Notes the event's group; answers which groups are required from now on, by tier, for the caller to enforce.
-
-        None if it tells nothing new.
 
         Windowed and state groups drop old blocks on purpose, so that they say little about a prefix: only full-attention
         groups count, or all groups if there is no such.
         """
-        told = (event.group, event.spec_kind, event.tier)
-        if told in self.learned:
-            return None
-        self.learned.add(told)
+        self.learned.add((event.group, event.spec_kind, event.tier))
         bit = 1 << event.group
         if event.spec_kind is None and self.partial & bit:
             pass  # known better from another event
@@ -95,10 +92,10 @@ class Member:
         """Whether the group matters in the tier."""
         return bool(self.required[tier] >> group & 1)
 
-    def reserve(self, blocks: int) -> None:
-        """Makes room for so many more rows."""
-        if not self.table.has_room(blocks):
-            self.use(self.table.bigger(self.held + blocks))
+    def prepare(self, blocks: int) -> None:
+        """Makes room for so many rows in all, so that no event need wait for it."""
+        self.room = blocks
+        self.use(self.table.prepare(blocks))
 
     def compact(self) -> None:
         """Leaves out the rows that no group holds, and gives back the room that isn't needed."""
@@ -106,6 +103,6 @@ class Member:
 
     def fill(self, rows: Rows) -> None:
         """Holds what `rows` [n, 3] of another table say, and nothing else."""
-        table = Table.empty(max(_LEAST_BLOCKS, len(rows)), COLUMNS)
+        table = Table.empty(max(_LEAST_BLOCKS, self.room, len(rows)), COLUMNS)
         self.held = copy_holdings(rows, table.address)
         self.use(table)

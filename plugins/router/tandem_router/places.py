@@ -60,7 +60,7 @@ class Table:
     def empty(cls, blocks: int, columns: int) -> "Table":
         """With room for at least so many rows."""
         capacity = capacity_for(blocks)
-        return cls(zeroed(capacity), _empty_rows(_limit(capacity), columns), np.zeros(9, np.uint64))
+        return cls(_empty_places(capacity), _empty_rows(_limit(capacity), columns), np.zeros(9, np.uint64))
 
     def has_room(self, blocks: int) -> bool:
         """Whether so many rows can be added. They pass for added from now on, so that the next question is cheap."""
@@ -71,7 +71,7 @@ class Table:
 
     def bigger(self, blocks: int) -> "Table":
         """The same rows under the same numbers, with room for so many in all. Nobody may write to this table any more."""
-        places, rows = zeroed(capacity_for(blocks)), self.rows
+        places, rows = _empty_places(capacity_for(blocks)), self.rows
         rehash(self.places, places)
         if blocks >= len(rows):
             rows = _empty_rows(_limit(len(places)), rows.shape[1])
@@ -81,6 +81,12 @@ class Table:
     def with_rows(self, rows: Rows) -> "Table":
         """The same places with other rows."""
         return Table(self.places, rows, self.state.copy())
+
+    def prepare(self, blocks: int) -> "Table":
+        """This table or a bigger one, with room for so many rows in all whose memory is there already."""
+        table = self if blocks <= min(_limit(len(self.places)), len(self.rows) - 1) else self.bigger(blocks)
+        table.rows[table.top : blocks].fill(_ZERO)
+        return table
 
     @property
     def used(self) -> int:
@@ -107,6 +113,12 @@ def _limit(capacity: int) -> int:
     return 2 * capacity // 3
 
 
+def _empty_places(capacity: int) -> Places:
+    places = zeroed(capacity)
+    places.fill(_ZERO)  # they are used in no order: the system gives its pages now rather than in the middle of an event
+    return places
+
+
 def _empty_rows(count: int, columns: int) -> Rows:
     roomy = _HEADROOM * count
     count = roomy if 8 * roomy * columns > HUGE_BYTES else count
@@ -129,6 +141,12 @@ def places_of(state: State) -> Places:
 def rows_of(state: State) -> Rows:
     """A table's `rows`."""
     return grid_at(state[_ROWS], state[_COUNT], state[_COLUMNS])
+
+
+@inlined
+def rows_of_width(state: State, columns: Int) -> Rows:
+    """As `rows_of`, where the number of columns is known when it is compiled."""
+    return grid_at(state[_ROWS], state[_COUNT], columns)
 
 
 @inlined
