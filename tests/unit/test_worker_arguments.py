@@ -175,3 +175,10 @@ def test_given_kv_events_are_kept() -> None:
     """Also on a decode worker, and also to turn them off."""
     own = {"enable_kv_cache_events": False}
     assert complete({**MODEL, "kv_events_config": own}, DECODE, GPU)["kv_events_config"] == own
+
+
+@pytest.mark.parametrize(("given", "enabled", "expected"), [({}, True, True), ({}, False, None), ({"enable_lora": False}, True, False)])
+def test_adapters_at_run_time_need_an_engine_for_them(given: dict[str, Any], enabled: bool, expected: bool | None) -> None:
+    """Unless model.json says otherwise."""
+    platform = Platform(is_cpu=True, known_arguments=KNOWN | {"enable_lora"})
+    assert complete({**MODEL, **given}, WorkerSettings(lora_enabled=enabled), platform).get("enable_lora") is expected

@@ -109,6 +109,20 @@ async def test_the_record_follows_the_worker() -> None:
     assert (store.records, presence.status) == ((), "unregistered")
 
 
+async def test_the_record_follows_the_adapters() -> None:
+    """As they are loaded and unloaded, in whatever state the worker is."""
+    store = MemoryStore()
+    watch = MemoryDiscovery(store).watch()
+    presence = RegisteredPresence(MemoryDiscovery(store), worker())
+    presence.follow(WorkerState.READY)
+    presence.carry(("a", "b"))
+    await until(watch, lambda snapshot: snapshot.records == (worker(loras=("a", "b")),))
+    presence.follow(WorkerState.DRAINING)
+    presence.carry(())
+    await until(watch, lambda snapshot: snapshot.records == (worker(loras=(), state=workers.WorkerState.DRAINING),))
+    await presence.leave()
+
+
 @pytest.mark.parametrize("state", [WorkerState.DEAD, WorkerState.HUNG, WorkerState.STOPPED])
 async def test_a_dead_worker_leaves_at_once(state: WorkerState) -> None:
     """Nobody has to ask it to."""

@@ -39,6 +39,8 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     _set_model(arguments, settings)
     _set_transfer(arguments, settings)
     _set_defaults(arguments, platform)
+    if settings.lora_enabled and arguments.get("enable_lora") is None:
+        arguments["enable_lora"] = True
     _check_block_size(arguments["block_size"], platform)
     if arguments.get("kv_events_config") is None:
         arguments["kv_events_config"] = kv_events_config(settings, arguments)

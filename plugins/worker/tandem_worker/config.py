@@ -163,6 +163,40 @@ class WorkerSettings:
         env="TANDEM_CANCEL_POLL_S", default=0.25, parse=parse_float(0.01, 10), unit="s",
         help="How often a request asks Triton whether its client went away; a poll costs about 0.1 ms, and 0.25 s keeps the 1 s promise.",
     )
+    lora_enabled: bool = setting(
+        env="DYN_LORA_ENABLED", default=False, parse=parse_bool,
+        help="Adapters may be loaded and unloaded at run time (`/v1/loras`); engines get --enable-lora. Off: only multi_lora.json's.",
+    )
+    lora_path: str = setting(
+        env="DYN_LORA_PATH", default="~/.cache/dynamo_loras", parse=str,
+        help="Where this host's workers keep copies of loaded adapters (Dynamo's default): engines read only these, so sources may vanish.",
+    )
+    lora_roots: str = setting(
+        env="TANDEM_LORA_ROOTS", default="", parse=str,
+        help="Folders, with colons between, that `file://` adapters may come from. Empty: only `lora_path`, since any caller names a file.",
+    )
+    lora_load_timeout_s: float = setting(
+        env="VLLM_LORA_MODULES_LOADING_TIMEOUT", default=600.0, parse=parse_float(0.1, 86_400), unit="s",
+        help="How long an adapter may take to arrive, or wait for an earlier change of its name; Dynamo's value.",
+    )
+    lora_max_gb: float = setting(
+        env="TANDEM_LORA_MAX_GB", default=4.0, parse=parse_float(0.000001, 1_000), unit="GB",
+        help="The most that one adapter's files may have: a bound on the disk that a wrong URI fills; rank 128 on all of Llama 70B is 3.3.",
+    )
+    lora_max_adapters: int = setting(
+        env="TANDEM_LORA_MAX_ADAPTERS", default=128, parse=parse_int(1, 10_000), unit="adapters",
+        help="The most adapters that a worker lists; beyond vLLM's max_cpu_loras they are read from disk again when used.",
+    )
+    lora_s3_endpoint: str = setting(
+        env="AWS_ENDPOINT", default="", parse=str, help="URL of the S3-compatible store of `s3://` adapters; empty for AWS."
+    )
+    lora_s3_region: str = setting(
+        env="AWS_REGION", default="us-east-1", parse=str, help="Region of the buckets of `s3://` adapters; Dynamo's default."
+    )
+    lora_s3_allow_http: bool = setting(
+        env="AWS_ALLOW_HTTP", default=False, parse=parse_bool,
+        help="Let AWS_ENDPOINT be http://. Off: keys and weights would travel in the open.",
+    )
 
     def __post_init__(self) -> None:
         if self.is_prefill_worker and self.is_decode_worker:

@@ -2,13 +2,10 @@
 """Builds vLLM's AsyncLLM from completed engine arguments. Edge module: imports vLLM, which takes seconds."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from vllm import AsyncEngineArgs
 from vllm.config import KVEventsConfig, KVTransferConfig
-from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -65,15 +62,3 @@ def _load_logger(load: EngineLoad) -> Any:
             """Nothing to say: the worker reports readiness itself."""
 
     return LoadLogger
-
-
-def load_adapters(model_dir: Path) -> dict[str, LoRARequest]:
-    """The adapters of `multi_lora.json` (name -> path), as in Triton's vllm_backend; empty without the file."""
-    path = model_dir / "multi_lora.json"
-    if not path.exists():
-        return {}
-    try:
-        adapters = json.loads(path.read_text())
-        return {str(name): LoRARequest(str(name), index, str(source)) for index, (name, source) in enumerate(adapters.items(), start=1)}
-    except (ValueError, AttributeError) as exc:
-        raise ConfigError(f"{path.name} must be a JSON object of adapter name to path: {exc}") from exc

@@ -27,6 +27,8 @@ from tandem_protocol.roles import Role
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.config import WorkerSettings
 from tandem_worker.load import EngineLoad
+from tandem_worker.lora.adapters import Adapters
+from tandem_worker.lora.vllm_loras import lora_request
 from tandem_worker.pacing import stream_interval
 from tandem_worker.responses import GenerationEncoder, encode_handoff
 from tandem_worker.sampling import Sampling, generation_params, handoff_params, parse_sampling, prefill_params
@@ -45,7 +47,7 @@ class Generator:
     engine: AsyncLLM
     settings: WorkerSettings
     load: EngineLoad
-    adapters: dict[str, LoRARequest]
+    adapters: Adapters
 
     async def serve(self, request: GenerationRequest, stream: ResponseStream, active: int) -> None:
         """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
@@ -76,9 +78,12 @@ class Generator:
         return int(token) if isinstance(token, int) else None
 
     async def _run(self, leg: "_Leg", stream: ResponseStream, active: int) -> None:
+        sampling = parse_sampling(leg.request.sampling)
+        async with self.adapters.using(sampling.lora_name) as adapter:
+            await self._run_with(adapter and lora_request(adapter), sampling, leg, stream, active)
+
+    async def _run_with(self, lora: LoRARequest | None, sampling: Sampling, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
-        sampling = parse_sampling(request.sampling)
-        lora = self._adapter(sampling.lora_name)
         prompt = self._prompt(request)
         priority = request.priority or sampling.priority or DEFAULT_PRIORITY
         interval = stream_interval(active, self.load.step_s, self.settings.response_rate) if request.stream else 1
@@ -105,16 +110,6 @@ class Generator:
 
     def _generation_params(self, sampling: Sampling, request: GenerationRequest, interval: int) -> SamplingParams:
         return generation_params(sampling, stream=request.stream, detokenize=self.settings.use_vllm_tokenizer, stream_interval=interval)
-
-    def _adapter(self, name: str | None) -> LoRARequest | None:
-        """The two messages are those of Triton's vllm_backend, which its clients match on."""
-        if name is None:
-            return None
-        if not self.engine.vllm_config.lora_config:
-            raise RequestError("LoRA feature is not enabled.")
-        if name not in self.adapters:
-            raise RequestError(f"LoRA {name} is not supported, we currently support {list(self.adapters)}")
-        return self.adapters[name]
 
     def _prompt(self, request: GenerationRequest) -> TextPrompt | TokensPrompt:
         prompt: Any

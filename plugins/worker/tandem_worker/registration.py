@@ -167,6 +167,11 @@ class RegisteredPresence:
         """Any thread."""
         self._loop.call_soon_threadsafe(self._want, _STATES.get(state))
 
+    def carry(self, loras: tuple[str, ...]) -> None:
+        """The adapters that the record lists from now on. On the event loop; returns at once."""
+        self._record = msgspec.structs.replace(self._record, loras=loras)
+        self._changed.set()
+
     async def leave(self) -> None:
         """Removes the record and closes discovery."""
         task, self._task = self._task, None
@@ -193,8 +198,8 @@ class RegisteredPresence:
         elif self._registration is None:
             self._registration = await self._discovery.register(msgspec.structs.replace(self._record, state=wanted))
             log.info("discovery.registered worker=%s state=%s", self._record.id, wanted)
-        elif self._registration.record.state is not wanted:
-            await self._registration.set_state(wanted)
+        elif self._registration.record != (record := msgspec.structs.replace(self._record, state=wanted)):
+            await self._registration.update(record)
 
     def _want(self, state: workers.WorkerState | None) -> None:
         self._wanted = state

@@ -25,6 +25,9 @@ from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import engine_environment, overridable
 from tandem_worker.guard import Ward, start_guard
 from tandem_worker.host import EngineHost
+from tandem_worker.lora.adapter import static_adapters
+from tandem_worker.lora.adapters import CHANGEABLE
+from tandem_worker.lora.routes import lora_routes
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 from tandem_worker.shared_memory import sweep_host_tiers
@@ -79,7 +82,10 @@ class Worker:
                 self.host.run(self._stop_admin(self._admin)).result(_ADMIN_TIMEOUT_S)
             if self._canary is not None:
                 self._canary.cancel()
+            adapters = self.host.generator.adapters
+            self.host.run(adapters.close()).result(_ADMIN_TIMEOUT_S)
             self.host.shutdown()
+            adapters.release()
         if self._guard is not None:
             say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -92,9 +98,10 @@ class Worker:
     def _build_host(self) -> EngineHost:
         # vLLM reads its environment on import, so it may be imported only now.
         from tandem_worker.arguments import complete
-        from tandem_worker.engine import build_engine, detect_platform, load_adapters
+        from tandem_worker.engine import build_engine, detect_platform
         from tandem_worker.generation import Generator
         from tandem_worker.load import EngineLoad
+        from tandem_worker.lora.assembly import build_adapters
 
         for path in sweep_host_tiers():
             log.warning("shm.swept path=%s: the host tier of an engine that was killed", path)
@@ -103,10 +110,13 @@ class Worker:
         if platform.is_cpu:
             os.environ[CPU_ENGINE_VARIABLE] = "nixl" if self.settings.effective_role.is_disaggregated else "1"
         load = EngineLoad()
-        adapters = load_adapters(self._model_dir)
+        listed = static_adapters(self._model_dir)
         engine = build_engine(arguments, load)
+        adapters = build_adapters(engine, self.settings, listed)
         cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
-        return EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server, cpu_s)
+        host = EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server, cpu_s)
+        adapters.rest_while(lambda: "" if host.state in CHANGEABLE else host.state)
+        return host
 
     def _given_arguments(self) -> dict[str, Any]:
         path = self._model_dir / "model.json"
@@ -121,7 +131,8 @@ class Worker:
         return given
 
     def _start_admin(self, host: EngineHost) -> int:
-        self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states)
+        self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
+                                  lora_routes(host.generator.adapters))
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
         return int(port)
@@ -142,9 +153,11 @@ class Worker:
 
     async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
-        names = WorkerNames(self._model_name, token, admin_port, tuple(host.generator.adapters))
+        names = WorkerNames(self._model_name, token, admin_port, host.generator.adapters.names)
         record = build_record(self.settings, names, host.generator.engine.vllm_config)
-        host.announce(RegisteredPresence(open_discovery(self.settings.discovery), record))
+        presence = RegisteredPresence(open_discovery(self.settings.discovery), record)
+        host.announce(presence)
+        host.generator.adapters.follow(presence.carry)
 
     def _end_server(self) -> None:
         """A server whose engine died or hangs is useless until restarted, and only its supervisor can do that."""
