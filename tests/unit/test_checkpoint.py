@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from sleepers import StubEngine, StubHost
+from tandem_cli.serve.checkpoints import checkpoint_was_taken, existing_checkpoint
 from tandem_protocol.errors import ConfigError, EngineError, UnavailableError
+from tandem_worker.arguments import Platform, complete
 from tandem_worker.checkpoint import CheckpointPlan, Lifecycle, Outcome, plan_checkpoint, read_verdict
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.sleep import SleepCycle
@@ -204,3 +206,27 @@ def test_a_failure_may_come_without_a_reason(tmp_path: Path, content: str) -> No
     verdict = read_verdict(tmp_path / "signal")
     assert verdict is not None
     assert (verdict.success, verdict.error) == (False, json.loads(content).get("error", ""))
+
+
+@pytest.mark.parametrize(("is_cpu", "asked", "enabled"), [(False, True, True), (False, False, None), (True, True, None)])
+def test_a_worker_to_be_dumped_gets_sleep_mode_where_there_is_one(tmp_path: Path, is_cpu: bool, asked: bool, enabled: bool | None) -> None:
+    """Nobody has to add the engine argument; a CPU engine would refuse it."""
+    settings = settings_of(environment(tmp_path) if asked else {})
+    arguments = complete({"model": "m"}, settings, Platform(is_cpu, frozenset({"model"})))
+    assert arguments.get("enable_sleep_mode") is enabled
+
+
+def test_a_checkpoint_is_of_one_worker(tmp_path: Path) -> None:
+    """The launcher says so before it starts anything, and sees one that is there or was just taken."""
+    wanted, other = settings_of(environment(tmp_path)), settings_of({})
+    assert existing_checkpoint([other, other], routers=1) == ""
+    for settings, routers in (([wanted, wanted], 0), ([wanted], 1)):
+        with pytest.raises(ConfigError, match="one worker alone"):
+            existing_checkpoint(settings, routers)
+    assert existing_checkpoint([wanted], routers=0) == ""
+    assert not checkpoint_was_taken([wanted])
+    (tmp_path / "signal").write_text(SUCCESS)
+    assert checkpoint_was_taken([wanted])
+    (tmp_path / "location").mkdir()
+    (tmp_path / "location" / "checkpoint.done").write_text(SUCCESS)
+    assert existing_checkpoint([wanted], routers=0) == f"a checkpoint exists in {tmp_path}/location: nothing to do"
