@@ -13,7 +13,7 @@ from benchmarks.targets import HOST, STOP_TIMEOUT_S, command_flags, tandem_comma
 from tandem_cli.serve.layout import run_folder
 from tandem_cli.serve.run_state import read_state
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 _FIRST_PORTS = range(18100, 28000, 100)
 _OFFSETS = {"http-port": 0, "grpc-port": 1, "metrics-port": 2, "admin-port": 10, "kv-event-port": 20}
 """From the first port; an engine's admin and event ports are offset by its index, below 10."""
