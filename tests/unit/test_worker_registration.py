@@ -174,6 +174,30 @@ async def test_a_store_that_is_away_is_tried_again(monkeypatch: pytest.MonkeyPat
     await presence.leave()
 
 
+async def test_a_state_is_waited_for_until_the_store_has_it() -> None:
+    """Within a bound, and at once when it has it; a worker that wants to be gone is gone."""
+    store = MemoryStore()
+    presence = RegisteredPresence(MemoryDiscovery(store), worker())
+    for state, stored in ((WorkerState.READY, workers.WorkerState.READY), (WorkerState.ASLEEP, workers.WorkerState.ASLEEP)):
+        presence.follow(state)
+        assert await presence.settle(state, WAIT_S)
+        assert [record.state for record in store.records] == [stored]
+    presence.follow(WorkerState.DEAD)
+    assert await presence.settle(WorkerState.DEAD, WAIT_S)
+    assert store.records == ()
+    assert not await presence.settle(WorkerState.READY, 0.01)
+    await presence.leave()
+    assert await Unregistered().settle(WorkerState.ASLEEP, 0)
+
+
+async def test_a_state_that_the_store_does_not_take_is_not_waited_for_long() -> None:
+    """The worker goes on without it."""
+    presence = RegisteredPresence(AwayDiscovery(MemoryStore(), failures=1_000_000), worker())
+    presence.follow(WorkerState.READY)
+    assert not await presence.settle(WorkerState.READY, 0.01)
+    await presence.leave()
+
+
 async def test_leaving_while_the_store_is_away() -> None:
     """It ends within its bound."""
     presence = RegisteredPresence(AwayDiscovery(MemoryStore(), failures=1_000_000), worker())

@@ -38,6 +38,8 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     _refuse_unknown(arguments, platform.known_arguments)
     _set_model(arguments, settings)
     _set_transfer(arguments, settings)
+    if settings.checkpoint_signal_file and not platform.is_cpu:
+        arguments["enable_sleep_mode"] = True  # a dump of a sleeping engine holds no KV cache, and the GPU's memory is free
     _set_defaults(arguments, platform)
     if settings.lora_enabled and arguments.get("enable_lora") is None:
         arguments["enable_lora"] = True

@@ -155,6 +155,33 @@ class WorkerSettings:
         env="DYN_HEALTH_CHECK_PAYLOAD", default="", parse=parse_payload,
         help="JSON: `prompt` or `token_ids`, perhaps `sampling_options`, `stop_conditions`. Unset: `Test`, or BOS for workers of ids only.",
     )
+    sleep_mode_level: int = setting(
+        env="DYN_VLLM_SLEEP_MODE_LEVEL", default=1, parse=parse_int(1, 2),
+        help="Level of `/engine/sleep` without one, and of checkpoints: 1 keeps the weights in host memory, 2 reads them again on waking.",
+    )
+    checkpoint_signal_file: str = setting(
+        env="DYN_CHECKPOINT_SIGNAL_FILE", default="", parse=str, flag=False,
+        help="Start to be dumped: sleep, wait, and serve only when restored. The agent writes this file when the dump is done or failed.",
+    )
+    ready_for_checkpoint_file: str = setting(
+        env="DYN_READY_FOR_CHECKPOINT_FILE", default="", parse=str, flag=False,
+        help="Written by the worker when it can be dumped.",
+    )
+    checkpoint_storage_type: str = setting(
+        env="DYN_CHECKPOINT_STORAGE_TYPE", default="", parse=str, flag=False, help="Where dumps are kept; only `pvc`, a mounted folder."
+    )
+    checkpoint_location: str = setting(
+        env="DYN_CHECKPOINT_LOCATION", default="", parse=str, flag=False,
+        help="Folder of the dump. With a `checkpoint.done` of success in it the worker ends at once, with success.",
+    )
+    restore_marker_file: str = setting(
+        env="DYN_RESTORE_MARKER_FILE", default="", parse=str, flag=False,
+        help="Made by whoever restores the dump, before: a held worker that sees it wakes and serves.",
+    )
+    checkpoint_timeout_s: float = setting(
+        env="TANDEM_CHECKPOINT_TIMEOUT_S", default=600.0, parse=parse_float(1, 86_400), unit="s", flag=False,
+        help="How long a worker that can be dumped is held; below the bound on a server's start (`--start-timeout`).",
+    )
     max_queued_requests: int = setting(
         env="TANDEM_MAX_QUEUED_REQUESTS", default=4096, parse=parse_int(1, 1_000_000), unit="requests",
         help="Requests in flight in one worker beyond which new ones get UNAVAILABLE: a bound on memory, far above any useful batch.",

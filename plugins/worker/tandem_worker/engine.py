@@ -14,6 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from tandem_protocol.errors import ConfigError
 from tandem_worker.arguments import EngineArguments, Platform
 from tandem_worker.load import EngineLoad
+from tandem_worker.sleep_terms import Abilities
 
 
 def detect_platform() -> Platform:
@@ -31,6 +32,16 @@ def build_engine(arguments: EngineArguments, load: EngineLoad) -> AsyncLLM:
         raise ConfigError(f"vLLM refuses the engine arguments: {_first_line(exc)}") from exc
     return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)],
                                      enable_log_requests=False, disable_log_stats=False)
+
+
+def sleep_abilities(engine: AsyncLLM) -> Abilities:
+    """What an engine can do, as it was started."""
+    refusal = ""
+    if not current_platform.is_sleep_mode_available():
+        refusal = f"the platform {current_platform.device_name} has no sleep mode: use level 0, which pauses and keeps all memory"
+    elif not engine.vllm_config.model_config.enable_sleep_mode:
+        refusal = "this worker was started without --enable-sleep-mode: add it to its engine arguments"
+    return Abilities(refusal, discardable=engine.vllm_config.lora_config is None)
 
 
 def _typed(arguments: EngineArguments) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _STATES = {
     WorkerState.READY: workers.WorkerState.READY,
     WorkerState.UNWELL: workers.WorkerState.STARTING,
     WorkerState.DRAINING: workers.WorkerState.DRAINING,
+    WorkerState.ASLEEP: workers.WorkerState.ASLEEP,
 }
 """A worker in any other state is not known in discovery."""
 
@@ -127,6 +128,9 @@ class Presence(Protocol):
     def follow(self, state: WorkerState) -> None:
         """The worker is in this state from now on. Any thread; returns at once."""
 
+    async def settle(self, state: WorkerState, timeout_s: float) -> bool:
+        """Waits until discovery holds this state, which was told last; whether it does. On the event loop."""
+
     async def leave(self) -> None:
         """Ends the registration, within a bound; repeating it does nothing."""
 
@@ -138,6 +142,10 @@ class Unregistered:
 
     def follow(self, state: WorkerState) -> None:
         """Nobody wants to know."""
+
+    async def settle(self, state: WorkerState, timeout_s: float) -> bool:
+        """Nobody has to be waited for."""
+        return True
 
     async def leave(self) -> None:
         """There is nothing to end."""
@@ -155,6 +163,7 @@ class RegisteredPresence:
         self._leaving = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        self._stepped = asyncio.Condition()
         self._task: asyncio.Task[None] | None = asyncio.create_task(self._run())
         HELD.labels(record.triton_model).set_function(lambda: float(self.status == "registered"))
 
@@ -166,6 +175,20 @@ class RegisteredPresence:
     def follow(self, state: WorkerState) -> None:
         """Any thread."""
         self._loop.call_soon_threadsafe(self._want, _STATES.get(state))
+
+    async def settle(self, state: WorkerState, timeout_s: float) -> bool:
+        """False also when the store is away: then routers keep the last state that they saw."""
+        wanted = _STATES.get(state)
+        try:
+            async with asyncio.timeout(timeout_s), self._stepped:
+                await self._stepped.wait_for(lambda: self._holds(wanted))
+        except TimeoutError:
+            return False
+        return True
+
+    def _holds(self, wanted: workers.WorkerState | None) -> bool:
+        held = self._registration
+        return held is None if wanted is None else held is not None and held.held and held.record.state is wanted
 
     def carry(self, loras: tuple[str, ...]) -> None:
         """The adapters that the record lists from now on. On the event loop; returns at once."""
@@ -215,6 +238,8 @@ class RegisteredPresence:
             except UnavailableError as exc:
                 self._note(exc)
                 self._loop.call_later(_delay_s(self._failed), self._changed.set)
+            async with self._stepped:
+                self._stepped.notify_all()
 
     def _note(self, exc: UnavailableError) -> None:
         self._failed += 1

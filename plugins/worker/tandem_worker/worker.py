@@ -21,6 +21,7 @@ from tandem_protocol.errors import ConfigError
 from tandem_protocol.guard import say_goodbye
 from tandem_worker.admin import AdminServer
 from tandem_worker.canary import Canary, Patience, canary_request
+from tandem_worker.checkpoint import CheckpointPlan, Lifecycle, Outcome, plan_checkpoint
 from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import engine_environment, overridable
 from tandem_worker.guard import Ward, start_guard
@@ -31,6 +32,8 @@ from tandem_worker.lora.routes import lora_routes
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 from tandem_worker.shared_memory import sweep_host_tiers
+from tandem_worker.sleep import SleepCycle
+from tandem_worker.sleep_admin import SleepRoutes
 from tandem_worker.stacks import engine_cpu_s
 from tandem_worker.triton_models import TritonModels
 
@@ -53,12 +56,20 @@ class Worker:
         self._scratch = Path(tempfile.mkdtemp(prefix="tandem-"))
         self._guard: subprocess.Popen[bytes] | None = None
         self._admin: AdminServer | None = None
+        self._sleep: SleepCycle | None = None
         self._canary: Future[None] | None = None
         self._triton_models = TritonModels(settings.grpc_url)
 
-    def start(self) -> EngineHost:
-        """Starts everything; blocks until the engine answers. Raises ConfigError with a sentence that says the fix."""
+    def start(self) -> EngineHost | None:
+        """Starts everything; blocks until the engine answers. Raises ConfigError with a sentence that says the fix.
+
+        None if there is nothing to serve, since all that was wanted is a checkpoint, and that is there; the server then ends.
+        """
         started = time.monotonic()
+        plan = plan_checkpoint(self.settings)
+        if plan is not None and plan.exists:
+            self._end_after_checkpoint("exists already")
+            return None
         token = uuid.uuid4().hex
         for name, value in overridable(self.settings).items():
             os.environ.setdefault(name, value)
@@ -67,9 +78,13 @@ class Worker:
         self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
         self.host = self._build_host()
         self.host.start()
+        self._sleep = self._sleep_cycle(self.host)
+        if plan is not None and self._hold_for_checkpoint(plan, self.host, self._sleep) is Outcome.TAKEN:
+            self._end_after_checkpoint("was taken")
+            return None
         if self.settings.health_check_enabled:
             self._canary = self.host.run(self._watch_with_canary(self.host))
-        admin_port = self._start_admin(self.host) if self.settings.effective_admin_port >= 0 else -1
+        admin_port = self._start_admin(self.host, self._sleep) if self.settings.effective_admin_port >= 0 else -1
         if self.settings.discovery:
             self.host.run(self._announce(self.host, token, admin_port)).result(_ANNOUNCE_TIMEOUT_S)
         log.info("worker.ready model=%s role=%s seconds=%.1f", self._model_name, self.settings.effective_role, time.monotonic() - started)
@@ -130,9 +145,29 @@ class Worker:
             raise ConfigError(f"{path.name} must be a JSON object of engine arguments")
         return given
 
-    def _start_admin(self, host: EngineHost) -> int:
+    def _sleep_cycle(self, host: EngineHost) -> SleepCycle:
+        from tandem_worker.engine import sleep_abilities
+
+        async def verify() -> None:
+            await self._send_canary(host)
+
+        return SleepCycle(host, host.generator.engine, verify, sleep_abilities(host.generator.engine), self._model_name)
+
+    def _hold_for_checkpoint(self, plan: CheckpointPlan, host: EngineHost, cycle: SleepCycle) -> Outcome:
+        """Blocks; bounded by the lifecycle itself, in looks: a deadline on a clock would pass between dump and restore."""
+        engine = host.generator.engine
+        level = 0 if cycle.abilities.refusal else self.settings.sleep_mode_level
+        outcome: Outcome = host.run(Lifecycle(plan, cycle, engine, level).run()).result()
+        return outcome
+
+    def _end_after_checkpoint(self, how: str) -> None:
+        log.info("checkpoint.done: it %s, the server ends", how)
+        os.kill(self._server_pid, signal.SIGTERM)
+
+    def _start_admin(self, host: EngineHost, cycle: SleepCycle) -> int:
+        sleep = SleepRoutes(cycle, self.settings.sleep_mode_level, self.settings.drain_timeout_s)
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
-                                  lora_routes(host.generator.adapters))
+                                  (*sleep.routes(), *lora_routes(host.generator.adapters)))
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
         return int(port)
@@ -143,13 +178,17 @@ class Worker:
 
     async def _watch_with_canary(self, host: EngineHost) -> None:
         """Until cancelled."""
-        settings, generator = self.settings, host.generator
+        settings = self.settings
 
         async def send() -> None:
-            await generator.canary(canary_request(settings.health_check_payload, takes_text=settings.use_vllm_tokenizer, bos=generator.bos))
+            await self._send_canary(host)
 
         patience = Patience(settings.canary_wait_time, settings.health_check_request_timeout, settings.step_timeout_s)
         await Canary(send, host.idle_s, host.judge, patience).run()
+
+    async def _send_canary(self, host: EngineHost) -> None:
+        settings, generator = self.settings, host.generator
+        await generator.canary(canary_request(settings.health_check_payload, takes_text=settings.use_vllm_tokenizer, bos=generator.bos))
 
     async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""

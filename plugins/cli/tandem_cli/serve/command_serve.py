@@ -18,6 +18,7 @@ from urllib.parse import quote
 import psutil
 
 from tandem_cli.serve import options as serve_options
+from tandem_cli.serve.checkpoints import checkpoint_was_taken, existing_checkpoint
 from tandem_cli.serve.command_stop import stop_run
 from tandem_cli.serve.consolidators import Sidecar, plan_sidecars, start_sidecars, workers_environment
 from tandem_cli.serve.embedded_model import embedded_model
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     hardware = detect_hardware()
     fleet = plan_fleet(options.mode, options.counts, options.only, hardware, options.engine_arguments)
     settings = [_settings(worker, options) for worker in fleet.workers]
+    if there := existing_checkpoint(settings, options.counts.routers):
+        print(there, flush=True)
+        return 0
     check_tiers(settings, {**os.environ, **options.environment})
     routers = _router_ports(options)
     sidecars = plan_sidecars(settings, options.engine_arguments, {**os.environ, **options.environment}, folder)
@@ -63,7 +67,13 @@ def run(args: argparse.Namespace) -> int:
     options = replace(options, model=options.model or str(embedded_model()))
     environment = {**_discovery(options, folder), **workers_environment(sidecars), **_environment(options, fleet, hardware)}
     state = _start(options, fleet, settings, folder, environment, routers, sidecars)
-    return _serve(state, folder, options)
+    try:
+        return _serve(state, folder, options)
+    except EngineError:
+        if not checkpoint_was_taken(settings):
+            raise
+    print("the checkpoint was taken, and its server ended", flush=True)
+    return 0
 
 
 def _serve(state: RunState, folder: RunFolder, options: ServeOptions) -> int:
