@@ -73,6 +73,12 @@ class Server:
         return processes_with(f"TANDEM_RUN_ID={self.state['run_id']}")
 
 
+def engine_of(server: Server) -> psutil.Process:
+    """The EngineCore process of a server with one worker, found below its stub: vLLM renames it, which can blur its environment."""
+    stubs = [process for process in server.processes() if "triton_python_backend_stub" in " ".join(process.cmdline())]
+    return next(child for stub in stubs for child in stub.children() if "EngineCor" in f"{child.name()} {' '.join(child.cmdline())}")
+
+
 def processes_with(variable: str) -> list[psutil.Process]:
     """Living processes with this NAME=VALUE in their environment."""
     found = []

@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from calls import PARIS_PROMPT, Call, collect, connect, responses, text_of
-from servers import Server, get_json, serve, tandem, wait_for
+from servers import Server, engine_of, get_json, serve, tandem, wait_for
 
 GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 STREAMS = 8
@@ -136,9 +135,3 @@ async def test_streams_survive_the_death_of_their_engine(pair: Pair, router: Any
     engine_of(pair.back).send_signal(signal.SIGKILL)
     assert await asyncio.gather(*running) == unbroken
     await asyncio.to_thread(wait_for, lambda: pair.placed() == [pair.front.grpc_url], 60, "the dead worker to leave placement")
-
-
-def engine_of(server: Server) -> psutil.Process:
-    """The EngineCore process of a server with one worker, found below its stub: vLLM renames it, which can blur its environment."""
-    stubs = [process for process in server.processes() if "triton_python_backend_stub" in " ".join(process.cmdline())]
-    return next(child for stub in stubs for child in stub.children() if "EngineCor" in f"{child.name()} {' '.join(child.cmdline())}")
