@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """gRPC to the workers: one channel per server, shared by all requests. Edge module; runs on the router's event loop.
 
-Triton's own client library carries the stubs. The stream is opened per request, so that cancelling the call reaches the worker as
-the cancellation of exactly this request.
+The stream is opened per request, so that cancelling the call reaches the worker as the cancellation of exactly this request.
+It carries one request, so it is called as what it is on the wire, one message and an answer of many: that takes one batch of gRPC's
+core to begin, where a stream of requests takes three and a task.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from tandem_protocol.errors import EngineError, RequestCancelledError, RequestError, TandemError, UnavailableError
 from tandem_router import wire
@@ -31,7 +33,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
-_ABORT_TIMEOUT_S = 2.0
+_SERVICE = "/inference.GRPCInferenceService"
 _ERRORS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.CANCELLED: RequestCancelledError,
@@ -43,21 +45,79 @@ class WorkerLostError(UnavailableError):
     """The worker can't serve this request, though another one may: it broke off, or it says that it is not available."""
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a worker may stay silent, in seconds."""
+
+    first_s: float
+    """Until the first response."""
+    next_s: float
+    """Until any later one."""
+
+
+class Silence:
+    """Rings when nothing was heard for too long; one timer at a time, since making one per response costs more than reading it."""
+
+    def __init__(self, ring: Callable[[], object], patience: Patience, loop: asyncio.AbstractEventLoop) -> None:
+        self.exceeded_s: float | None = None
+        """The limit at which it rang."""
+        self._ring, self._patience, self._loop = ring, patience, loop
+        self._limit_s = patience.first_s
+        self._heard_at = 0.0
+        self._timer = loop.call_later(patience.first_s, self._give_up)
+
+    def heard(self) -> None:
+        """A response came."""
+        if not self._heard_at:
+            self._limit_s = self._patience.next_s
+            self._timer.cancel()
+            self._timer = self._loop.call_later(self._limit_s, self._look)
+        self._heard_at = self._loop.time()
+
+    def close(self) -> None:
+        """The stream is over."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = self._heard_at + self._limit_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.exceeded_s = self._limit_s
+        self._ring()
+
+
+_ABORT_PATIENCE = Patience(2.0, 2.0)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """What is called on one server."""
+
+    channel: Any
+    stream: Any
+    infer: Any
+
+
 class Connections:
     """Channels by server address. Resource handling: `close` ends them all."""
 
     def __init__(self) -> None:
-        self._stubs: dict[str, Any] = {}
-        self._channels: dict[str, Any] = {}
+        self._servers: dict[str, _Calls] = {}
 
-    async def stream(self, url: str, message: Any) -> AsyncGenerator[Any, None]:
+    async def stream(self, url: str, message: Any, patience: Patience) -> AsyncGenerator[Any, None]:
         """The responses of one decoupled request, up to the final one. Leaving the iteration early cancels the request.
 
         Raises WorkerLostError when another worker may do better, else the error that the worker answered with.
         """
-        call = self._stub(url).ModelStreamInfer(_once(message), metadata=_TRUE_STATUS)
+        call = self._server(url).stream(message, metadata=_TRUE_STATUS)
+        silence = Silence(call.cancel, patience, asyncio.get_running_loop())
         try:
             async for answer in call:
+                silence.heard()
                 if answer.error_message:
                     raise EngineError(answer.error_message)
                 yield answer.infer_response
@@ -65,40 +125,55 @@ class Connections:
                     return
         except grpc.aio.AioRpcError as exc:
             raise translate(exc) from exc
+        except asyncio.CancelledError as exc:
+            if silence.exceeded_s is None or _is_cancelled():
+                raise
+            raise WorkerLostError(f"the worker at {url} sent nothing for {silence.exceeded_s:g} s") from exc
         finally:
+            silence.close()
             call.cancel()
         raise WorkerLostError(f"the worker at {url} ended the stream without a final response")
 
     async def infer(self, url: str, message: Any, timeout_s: float) -> Any:
         """One response of a model that is not decoupled. Raises as `stream` does."""
         try:
-            return await self._stub(url).ModelInfer(message, timeout=timeout_s)
+            return await self._server(url).infer(message, timeout=timeout_s)
         except grpc.aio.AioRpcError as exc:
             raise translate(exc) from exc
 
     async def abort(self, url: str, model: str, request_id: str) -> None:
         """Asks a worker to abort a request, as far as it is reachable: the engine's own lease is the last resort."""
         message = wire.abort_message(model, request_id)
-        with suppress(TandemError, asyncio.CancelledError, TimeoutError):
-            async with asyncio.timeout(_ABORT_TIMEOUT_S):
-                async for _ in self.stream(url, message):
-                    pass
+        with suppress(TandemError, asyncio.CancelledError):
+            async for _ in self.stream(url, message, _ABORT_PATIENCE):
+                pass
 
     async def close(self) -> None:
         """Closes every channel; calls in flight are cancelled."""
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
-        self._channels.clear()
-        self._stubs.clear()
+        await asyncio.gather(*(server.channel.close() for server in self._servers.values()))
+        self._servers.clear()
 
-    def _stub(self, url: str) -> Any:
-        if url not in self._stubs:
-            channel = self._channels[url] = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
-            self._stubs[url] = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return self._stubs[url]
+    def _server(self, url: str) -> _Calls:
+        calls = self._servers.get(url)
+        if calls is None:
+            calls = self._servers[url] = _open(url)
+        return calls
 
 
-async def _once(message: Any) -> AsyncIterator[Any]:
-    yield message
+def _open(url: str) -> _Calls:
+    channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+    send = service_pb2.ModelInferRequest.SerializeToString
+    return _Calls(
+        channel,
+        channel.unary_stream(f"{_SERVICE}/ModelStreamInfer", send, service_pb2.ModelStreamInferResponse.FromString),
+        channel.unary_unary(f"{_SERVICE}/ModelInfer", send, service_pb2.ModelInferResponse.FromString),
+    )
+
+
+def _is_cancelled() -> bool:
+    """Whether the running task itself was cancelled, rather than the call that it reads."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def translate(error: Any) -> TandemError:

@@ -9,7 +9,6 @@ Runs on the router's event loop. What holds for every request, whatever happens 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from tandem_protocol.workers import WorkerRecord
 from tandem_router import wire
 from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
-from tandem_router.connections import Connections, WorkerLostError
+from tandem_router.connections import Connections, Patience, WorkerLostError
 from tandem_router.metrics import RouterMetrics
 from tandem_router.placement import Decision, Placement, RouteRequest
 from tandem_router.relay import Answer, Delta
@@ -77,11 +76,12 @@ class Dispatcher:
         self._connections = connections
         self._settings = settings
         self._metrics = metrics
+        self._patience = Patience(settings.first_token_timeout_s, settings.next_token_timeout_s)
 
     async def serve(self, routed: Routed, stream: ResponseStream) -> None:
         """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
-        answer = Answer(routed.request, routed.prompt_ids)
         try:
+            answer = Answer(routed.request, routed.prompt_ids)
             async with asyncio.timeout_at(routed.deadline and asyncio.get_running_loop().time() + routed.deadline - time.monotonic()):
                 await self._legs(routed, answer, stream)
         except TimeoutError:
@@ -169,7 +169,7 @@ class Dispatcher:
         """Passes the worker's responses on as they come."""
         worker = leg.decision.worker
         message = wire.request_message(worker.triton_model, request, _left_us(routed))
-        async with aclosing(self._stream(worker, message)) as responses:
+        async with aclosing(self._connections.stream(worker.grpc_url, message, self._patience)) as responses:
             async for response in responses:
                 arrays = wire.response_arrays(response)
                 self._note(leg, arrays)
@@ -183,23 +183,6 @@ class Dispatcher:
             self._metrics.first_token(leg.decision, arrays)
         if tensors.OUTPUT_IDS in arrays:
             leg.pool.output_tokens(leg.decision.ticket, len(arrays[tensors.OUTPUT_IDS]))
-
-    async def _stream(self, worker: WorkerRecord, message: Any) -> AsyncGenerator[Any, None]:
-        """The worker's stream, with a deadline for each response."""
-        stream = self._connections.stream(worker.grpc_url, message)
-        timeout_s = self._settings.first_token_timeout_s
-        try:
-            while True:
-                async with asyncio.timeout(timeout_s):
-                    message = await anext(stream)
-                yield message
-                timeout_s = self._settings.next_token_timeout_s
-        except StopAsyncIteration:
-            return
-        except TimeoutError as exc:
-            raise WorkerLostError(f"worker {worker.id} sent nothing for {timeout_s:g} s") from exc
-        finally:
-            await stream.aclose()
 
     async def _place(self, pool: Placement, route: RouteRequest) -> Decision:
         """Chooses a worker, waiting for one within the placement deadline."""

@@ -19,7 +19,7 @@ from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.roles import Role
 from tandem_protocol.workers import WorkerRecord
 from tandem_router import wire
-from tandem_router.connections import Connections
+from tandem_router.connections import Connections, Patience
 from tandem_router.fleet import slots_of
 from tandem_router.index import KvIndex
 
@@ -67,7 +67,7 @@ class EventProbe:
         if record.role is Role.PREFILL:
             await self.connections.infer(record.grpc_url, message, _TIMEOUT_S)
             return
-        async for _ in self.connections.stream(record.grpc_url, message):
+        async for _ in self.connections.stream(record.grpc_url, message, Patience(_TIMEOUT_S, _TIMEOUT_S)):
             pass
 
     async def _seen(self, record: WorkerRecord, keys: NDArray[np.uint64]) -> str:

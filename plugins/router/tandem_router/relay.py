@@ -17,6 +17,7 @@ from tandem_protocol import tensors
 from tandem_protocol.errors import UnavailableError
 from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.streams import Arrays
+from tandem_router import wire
 
 DEFAULT_MAX_TOKENS = 16
 """vLLM's own default of `max_tokens`."""
@@ -24,46 +25,55 @@ _STRUCTURED = frozenset({"structured_outputs", "guided_decoding", "guided_json",
 
 
 class Delta:
-    """One response of a worker on its way to the client; `add` merges the next one into it."""
+    """One response of a worker on its way to the client. Later ones are only noted by `add`; who sends makes one of them all."""
 
     def __init__(self, arrays: Arrays, *, finished: bool) -> None:
-        self.arrays = arrays
         self.finished = finished
+        self._parts = [arrays]
 
     def add(self, next_output: "Delta", aggregate: bool) -> None:
-        """Merges a later response into this one: texts and tokens are appended, states are replaced."""
-        for name, array in next_output.arrays.items():
-            mine = self.arrays.get(name)
-            self.arrays[name] = array if mine is None else _MERGE.get(name, _latest)(mine, array)
+        """Takes a later response into this one."""
+        self._parts.extend(next_output._parts)  # noqa: SLF001 - of the same class
         self.finished = next_output.finished
 
-
-def _latest(_: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return later
-
-
-def _first(mine: npt.NDArray[Any], _: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return mine
-
-
-def _appended(mine: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    merged = np.empty(len(mine), dtype=np.object_)
-    merged[:] = [a + b for a, b in zip(mine, later, strict=True)]
-    return merged
+    @property
+    def arrays(self) -> Arrays:
+        """The response that goes to the client: texts and tokens are appended, counts added, states the latest."""
+        if len(self._parts) == 1:
+            return self._parts[0]
+        names = dict.fromkeys(name for part in self._parts for name in part)
+        return {name: _MERGE.get(name, _latest)([part[name] for part in self._parts if name in part]) for name in names}
 
 
-def _joined(mine: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.concatenate([mine, later])
+Parts = list[npt.NDArray[Any]]
+"""One output of successive responses."""
 
 
-def _summed(mine: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.add(mine, later)
+def _latest(parts: Parts) -> npt.NDArray[Any]:
+    return parts[-1]
 
 
-def _lists_joined(mine: npt.NDArray[Any], later: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    merged = np.empty(len(mine), dtype=np.object_)
-    merged[:] = [json.dumps([*(json.loads(a) or []), *(json.loads(b) or [])]).encode() for a, b in zip(mine, later, strict=True)]
-    return merged
+def _first(parts: Parts) -> npt.NDArray[Any]:
+    return parts[0]
+
+
+def _appended(parts: Parts) -> npt.NDArray[Any]:
+    """Texts, one per sequence of the request."""
+    return wire.strings(*(b"".join(texts) for texts in zip(*parts, strict=True)))
+
+
+def _joined(parts: Parts) -> npt.NDArray[Any]:
+    return np.concatenate(parts)
+
+
+def _summed(parts: Parts) -> npt.NDArray[Any]:
+    total: npt.NDArray[Any] = np.sum(parts, axis=0, dtype=parts[0].dtype)
+    return total
+
+
+def _lists_joined(parts: Parts) -> npt.NDArray[Any]:
+    return wire.strings(*(json.dumps([entry for text in texts for entry in json.loads(text) or []]).encode()
+                          for texts in zip(*parts, strict=True)))
 
 
 _MERGE = {
@@ -89,11 +99,11 @@ class Answer:
     _cumulative: float = 0.0
     _last_cumulative: float = 0.0
 
-    @property
-    def resumable(self) -> bool:
-        """Whether another worker can go on in the middle: one sequence, streamed, and no grammar that has state."""
+    def __post_init__(self) -> None:
         sampling = self.request.sampling
-        return self.request.stream and int(sampling.get("n") or 1) == 1 and not _STRUCTURED & sampling.keys()
+        self.resumable = self.request.stream and int(sampling.get("n") or 1) == 1 and not _STRUCTURED & sampling.keys()
+        """Whether another worker can go on in the middle: one sequence, streamed, and no grammar that has state."""
+        self._wanted = self.request.returns | {tensors.TEXT_OUTPUT}
 
     def next_leg(self) -> GenerationRequest:
         """The request for the next leg. Raises UnavailableError where the stream can't be continued."""
@@ -120,8 +130,9 @@ class Answer:
         self.started = self.started or bool(arrays)
         if ids is not None and self.resumable:
             self.tokens.extend(ids.tolist())
-        self._correct(arrays)
-        return {name: array for name, array in arrays.items() if name == tensors.TEXT_OUTPUT or name in self.request.returns}
+        if tensors.CUMULATIVE_LOGPROB in arrays or self.legs > 1:
+            self._correct(arrays)
+        return {name: array for name, array in arrays.items() if name in self._wanted}
 
     def _tracked(self, request: GenerationRequest) -> GenerationRequest:
         return replace(request, returns=request.returns | {tensors.OUTPUT_IDS}) if self.resumable else request

@@ -18,6 +18,8 @@ from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.streams import Arrays
 
 _FINAL = "triton_final_response"
+_LENGTH = struct.Struct("<I")
+"""Before each item of a BYTES tensor."""
 _WIRE_TYPES = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
 _DTYPES: dict[str, Any] = {"FP32": np.float32, "UINT32": np.uint32, "INT32": np.int32, "BOOL": np.bool_}
 _INPUT_TYPES = {spec.name: _WIRE_TYPES[spec.data_type] for spec in (*tensors.REQUEST_INPUTS, tensors.HANDOFF)}
@@ -83,19 +85,20 @@ def strings(*items: bytes) -> npt.NDArray[Any]:
 def _raw(array: npt.NDArray[Any]) -> bytes:
     if array.dtype != np.object_:
         return array.tobytes()
-    return b"".join(struct.pack("<I", len(item)) + item for item in array)
+    return b"".join(_LENGTH.pack(len(item)) + item for item in array)
 
 
 def _array(datatype: str, raw: bytes) -> npt.NDArray[Any]:
     if datatype != "BYTES":
         return np.frombuffer(raw, dtype=_DTYPES[datatype])
-    return strings(*_split(raw))
+    (first,) = _LENGTH.unpack_from(raw)
+    return strings(raw[4:]) if len(raw) == 4 + first else strings(*_split(raw))
 
 
 def _split(raw: bytes) -> Iterator[bytes]:
     start = 0
     while start < len(raw):
-        (length,) = struct.unpack_from("<I", raw, start)
+        (length,) = _LENGTH.unpack_from(raw, start)
         yield raw[start + 4 : start + 4 + length]
         start += 4 + length
 
