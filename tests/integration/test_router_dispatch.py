@@ -5,21 +5,27 @@ A mock's next token is a function of all tokens before it, so an answer that mov
 every token was handed on exactly once.
 """
 
+import operator
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from etcds import BINARY, Etcd
 from models import make_tiny_model
-from routers import LocalRouter, Mocks, mocks, router, until
-from servers import get_json, post_json
+from routers import LocalRouter, Mocks, Recorder, mocks, router, until
+from servers import get_json, get_text, post_json, wait_for
+from tandem_cli.status_fleet import parse_fleet
 from tandem_protocol.discovery import LEASE_TTL_S
 from tandem_protocol.errors import RequestCancelledError, RequestError, UnavailableError
 from tandem_router.overrides import Overrides
 
 SLOW = ("--speedup", "1")
+CHUNKS = ("--speedup", "0.1", "--max-num-seqs", "1", "--max-num-batched-tokens", "64")
+FREED_S = 1.0
+"""Within which everything must be free after a client left."""
 
 
 def prompt(seed: int, blocks: int = 8) -> list[int]:
@@ -59,6 +65,21 @@ def test_a_prefix_goes_to_the_worker_that_has_it(calm: tuple[Mocks, LocalRouter]
     assert cold["cached_tokens"] == 0
     assert cold["id"] != cached["id"]
     assert len(cached["candidates"]) == 4
+
+
+def test_the_fleet_is_told_as_tandem_status_reads_it(calm: tuple[Mocks, LocalRouter]) -> None:
+    """Workers in placement with what the index holds of them, and the load of a request in flight."""
+    _, local = calm
+    sent = local.send(prompt(3), "shown", max_tokens=2000)
+    until(lambda: bool(sent.responses), "the first token")
+    fleet = parse_fleet(get_text(f"{local.admin}/fleet").encode())
+    local.router.abort("shown")
+    assert sorted(worker.id for worker in fleet.workers if worker.placed) == sorted(local.placed())
+    assert sum(worker.active_requests for worker in fleet.workers) == 1
+    [busy] = [worker for worker in fleet.workers if worker.active_requests]
+    assert (busy.active_blocks, busy.state, busy.role) == (9, "ready", "aggregated")
+    assert all(worker.index_blocks > 0 and worker.total_blocks > 0 for worker in fleet.workers)
+    assert isinstance(sent.wait().error, RequestCancelledError)
 
 
 def test_a_burst_of_different_prompts_spreads(calm: tuple[Mocks, LocalRouter]) -> None:
@@ -244,6 +265,86 @@ def test_short_prompts_are_prefilled_by_the_decode_worker(tmp_path: Path, prefil
         assert prefill.metric("vllm:prompt_tokens_total") == before
         assert local.send(prompt(25)).text
         assert prefill.metric("vllm:prompt_tokens_total") - before == 129
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A prefill worker and a decode worker that take their time, and a router."""
+
+    prefill: Mocks
+    decode: Mocks
+    local: LocalRouter
+
+    def held(self) -> tuple[float, ...]:
+        """All that somebody keeps for requests: requests and blocks of both workers, handoffs, the books, the router's own."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "tandem_mock_held_handoffs")
+        booked = sum(load.active_requests for pool in self.local.router.fleet.pools.values() for load in pool.loads())
+        return (*(side.metric(name) for side in (self.prefill, self.decode) for name in names), booked, self.local.router.active_requests)
+
+    def leave(self, sent: Recorder, before: tuple[float, ...]) -> None:
+        """The client goes away, and within a second all that was kept for it is free."""
+        sent.gone = True
+        wait_for(lambda: sent.done.is_set() and all(map(operator.le, self.held(), before)), FREED_S, "all to be free")
+        assert isinstance(sent.error, RequestCancelledError)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Iterator[Stages]:
+    """A prompt of 3,200 tokens takes seconds to prefill, in many steps, one prompt at a time; one of 128 takes seconds to transfer."""
+    folder = tmp_path_factory.mktemp("stages")
+    with mocks(folder, "--role", "prefill", "--name", "p", *CHUNKS) as prefill, \
+            mocks(folder, "--role", "decode", "--name", "d", "--transfer-gbps", "0.01") as decode, router(folder, 2, tokenizer) as local:
+        yield Stages(prefill, decode, local)
+
+
+def test_a_client_that_leaves_during_prefill_frees_both_sides(stages: Stages) -> None:
+    """The prefill worker computes for nobody else."""
+    before = stages.held()
+    sent = stages.local.send(prompt(26, blocks=200))
+    until(lambda: stages.prefill.metric("vllm:num_requests_running") == 1, "the prefill")
+    stages.leave(sent, before)
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place(stages: Stages) -> None:
+    """Whoever is before it goes on."""
+    first = stages.local.send(prompt(27, blocks=200), "first")
+    until(lambda: stages.prefill.metric("vllm:num_requests_running") == 1, "the first one's prefill")
+    second = stages.local.send(prompt(28, blocks=200))
+    until(lambda: stages.prefill.metric("vllm:num_requests_waiting") == 1, "the second one to queue")
+    second.gone = True
+    wait_for(lambda: second.done.is_set() and stages.prefill.metric("vllm:num_requests_waiting") == 0, FREED_S, "its place to be free")
+    assert isinstance(second.error, RequestCancelledError)
+    until(lambda: stages.local.router.active_requests == 1, "the router to have only the first one")
+    assert not first.done.is_set()
+    stages.local.router.abort("first")
+    assert isinstance(first.wait().error, RequestCancelledError)
+
+
+def test_a_client_that_leaves_during_decode_frees_both_sides(stages: Stages) -> None:
+    """After a remote prefill."""
+    before = stages.held()
+    sent = stages.local.send(prompt(30)[:2], max_tokens=5000)
+    until(lambda: bool(sent.responses), "the first token")
+    stages.leave(sent, before)
+
+
+def test_a_client_that_leaves_during_the_transfer_frees_both_sides(stages: Stages) -> None:
+    """The prefill worker's blocks don't wait for their lease. The last of these tests: a mock's link stays busy with what was given up."""
+    before = stages.held()
+    sent = stages.local.send(prompt(29))
+    until(lambda: stages.decode.metric("vllm:num_requests_waiting") == 1, "the transfer")
+    assert not sent.responses
+    stages.leave(sent, before)
+
+
+def test_a_client_that_leaves_before_there_is_a_worker_ends_its_wait(tmp_path: Path, tokenizer: Path) -> None:
+    """The router holds nothing for it."""
+    with router(tmp_path, 0, tokenizer) as local:
+        sent = local.send(prompt(31))
+        until(lambda: local.router.active_requests == 1, "the request to wait")
+        sent.gone = True
+        wait_for(lambda: sent.done.is_set() and local.router.active_requests == 0, FREED_S, "the end of the request")
+        assert isinstance(sent.error, RequestCancelledError)
 
 
 @pytest.mark.skipif(BINARY is None, reason="etcd is not installed (Debian: apt-get install etcd-server)")
