@@ -84,6 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON; without, the object is indented")
     parser.add_argument("--model", default="", help="model folder; an 8B shape on a GPU, SmolLM2 on the CPU if not given")
     parser.add_argument("--variants", type=lambda text: tuple(text.split(",")), default=("none", "native", "kvbm"), help="in this order")
+    parser.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(),
+                        help="of the engines that the variants start, only these, by name, e.g. native,kvbm,kvbm-bounded")
     parser.add_argument("--log-dir", type=Path, default=Path(tempfile.gettempdir()) / "tandem-bench-kvbm", help="logs and the disk tier")
     parser.add_argument("--engine-timeout", type=float, default=300, help="seconds one engine may take, start included")
     return parser.parse_args(argv)
@@ -122,6 +124,8 @@ class _Runs:
 
     def _run(self, name: str, variant: Variant, scenarios: tuple[Scenario, ...], *, bounded: bool = False,
              admit_all: bool = False) -> Outcome | None:
+        if self._args.only and name not in self._args.only:
+            return None
         scale = self._scale
         arguments = {**scale.arguments, **({"num_gpu_blocks_override": scale.bounded_blocks} if bounded else {})}
         plan = Plan(variant=variant, scenarios=scenarios, model=self._model, arguments=arguments, host_bytes=int(scale.host_gb * GB),

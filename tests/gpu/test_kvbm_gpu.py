@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV tiers on a GPU: vLLM's CUDA copies as KvbmSpec sets them up, in every way that vLLM may choose.
+"""KV tiers on a GPU: the CUDA worker as KvbmSpec sets it up, with each way of copying.
 
 `python -m pytest tests/gpu`: one GPU, 1 GB of /dev/shm, no network. Figures are printed at the end.
 """
@@ -7,6 +7,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -14,10 +15,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from vllm.v1.kv_offload.cpu import gpu_worker, swap_blocks_triton  # noqa: E402
+from vllm.v1.kv_offload.cpu import gpu_worker  # noqa: E402
 
-from copy_contract import CopyContract, Make, Rig, Shape, Specs, WithRigs  # noqa: E402
+from copy_contract import CopyContract, Make, Rig, Shape, Specs, WithRigs, random_caches  # noqa: E402
 from servers import wait_for  # noqa: E402
+from tandem_kvbm import cuda_copies  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -45,67 +47,94 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     batch = gpu_worker.ops.swap_blocks_batch
 
     def counted(*arguments: Any, **options: Any) -> None:
-        ways["batch"] += 1
+        ways["dma"] += 1
         batch(*arguments, **options)
 
     monkeypatch.setattr(gpu_worker.ops, "swap_blocks_batch", counted)
-    monkeypatch.setattr(swap_blocks_triton, "_swap_blocks_kernel", Counted(swap_blocks_triton._swap_blocks_kernel, ways))
+    monkeypatch.setattr(cuda_copies, "_move_pages", Counted(cuda_copies._move_pages, ways))
     return ways
 
 
 class OnTheGpu(CopyContract):
-    """The contract over vLLM's CUDA worker."""
+    """The contract over the CUDA worker with one of its ways."""
 
     device = "cuda"
-    loads_by: ClassVar[str]
+    method: ClassVar[str]
+    way: ClassVar[str]
 
-    def test_loads_go_this_way(self, make: Make, shape: Shape, ways: Counter[str]) -> None:
-        """What the other tests of this class show, they show of this way. Stores are the driver's in any case."""
+    @pytest.fixture(autouse=True)
+    def chosen(self, no_settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The way is the operator's choice here."""
+        monkeypatch.setenv("TANDEM_KVBM_COPY", self.method)
+
+    def test_copies_go_this_way(self, ways: Counter[str], make: Make, shape: Shape) -> None:
+        """What the other tests of this class show, they show of this way."""
         rig = make(shape)
         rig.store([[0], []], [0])
-        assert ways == {"batch": 1}
         rig.load([[1], []], [0])
-        assert ways == ({"batch": 1, "kernel": 1} if self.loads_by == "kernel" else {"batch": 2})
+        assert ways == {self.way: 2}
 
 
 class TestCopyKernel(OnTheGpu):
-    """Small pages from pinned memory: a kernel reads host memory. It is forced for jobs of any size."""
+    """Our kernel, over pages of less than one of its turns."""
 
-    loads_by = "kernel"
-
-    @pytest.fixture(autouse=True)
-    def always(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From the first block on."""
-        monkeypatch.setattr(swap_blocks_triton, "MIN_N", 0)
+    method = way = "kernel"
 
 
 class TestCopyKernelOnLargePages(TestCopyKernel):
-    """The same for pages that it is never chosen for, which take several turns of its loop."""
+    """The same for pages that take several turns, the last of them in part."""
 
     pages = (36_864, 20_480, 40_960)
 
-    @pytest.fixture(autouse=True)
-    def any_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """However large."""
-        monkeypatch.setattr(gpu_worker, "THRESHOLD_BYTES", 1 << 40)
+
+class TestCopyKernelOnOddPages(TestCopyKernel):
+    """Pages of whole words and of no whole 16 bytes."""
+
+    pages = (4_104, 2_056, 2_056)
 
 
 class TestCopyEngine(OnTheGpu):
-    """Large pages: batches of copies by the driver."""
+    """The driver's batches."""
 
-    loads_by = "batch"
+    method = way = "dma"
     pages = (32_768, 16_384, 65_536)
 
 
 class TestPageableMemory(OnTheGpu):
-    """A host tier that could not be pinned, as where the limit on locked memory is low: slower, and as right."""
+    """A host tier that could not be pinned, as where the limit on locked memory is low: the kernel can't read it, whatever was asked."""
 
-    loads_by = "batch"
+    method, way = "kernel", "dma"
 
     @pytest.fixture(autouse=True)
     def unpinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing is registered."""
         monkeypatch.setattr(gpu_worker, "pin_mmap_region", lambda region: None)
+
+
+class TestAutomaticChoice(OnTheGpu):
+    """As it comes: both ways are tried at start, and one of them serves; the trial changes nothing."""
+
+    method, way = "auto", ""
+    pages = (65_536, 32_768, 32_768)
+
+    def test_copies_go_this_way(self, ways: Counter[str], make: Make, shape: Shape) -> None:
+        """Which one is the machine's matter."""
+        rig = make(shape)
+        assert ways == dict.fromkeys(("dma", "kernel"), 2 * (cuda_copies._REPEATS + 1)), "two directions"
+        before = rig.device()
+        rig.store([[0], []], [0])
+        rig.load([[1], []], [0])
+        assert ways.total() == 4 * (cuda_copies._REPEATS + 1) + 2
+        assert (rig.device()[0][1] == before[0][0]).all()
+
+    def test_the_trial_leaves_the_cache_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Blocks go to the host tier and come back to where they were."""
+        shape = Shape(pages=self.pages)
+        caches = random_caches(shape, "cuda")
+        before = [cache.tensor.clone() for cache in caches.tensors]
+        with closing(Rig(shape, caches)):
+            for cache, was in zip(caches.tensors, before, strict=True):
+                assert torch.equal(cache.tensor, was)
 
 
 class Timed(NamedTuple):
@@ -134,36 +163,35 @@ class TestStreams(WithRigs):
 
     device = "cuda"
 
-    @pytest.mark.parametrize(("page", "blocks", "way"), [
-        pytest.param(4096, 2 * swap_blocks_triton.MIN_N, "kernel", id="many small blocks"),
-        pytest.param(4096, swap_blocks_triton.MIN_N - 1, "batch", id="few small blocks"),
-        pytest.param(swap_blocks_triton.THRESHOLD_BYTES, 2 * swap_blocks_triton.MIN_N, "batch", id="large blocks"),
-        pytest.param(4100, 2 * swap_blocks_triton.MIN_N, "batch", id="blocks of no whole words"),
-    ])
-    def test_the_size_of_blocks_and_jobs_chooses_the_way(self, make: Make, ways: Counter[str], page: int, blocks: int, way: str) -> None:
-        """SmolLM2's blocks are small and an 8B model's large; stores are the driver's in any case."""
-        rig = make(Shape(pages=(page,), groups=((0,),), blocks=2 * blocks, chunks=blocks))
+    @pytest.fixture(params=["dma", "kernel"])
+    def method(self, request: pytest.FixtureRequest, no_settings: None, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Each way in turn."""
+        monkeypatch.setenv("TANDEM_KVBM_COPY", request.param)
+        return str(request.param)
+
+    def test_pages_of_no_whole_words_are_the_drivers(self, ways: Counter[str], make: Make, method: str) -> None:
+        """Whatever was asked for."""
+        rig = make(Shape(pages=(4100,), groups=((0,),), blocks=64, chunks=32))
         before = rig.device()[0]
-        rig.store([list(range(blocks))], range(blocks))
-        assert ways == {"batch": 1}
-        rig.load([list(range(blocks, 2 * blocks))], range(blocks))
-        assert ways[way] == (1 if way == "kernel" else 2)
-        assert (rig.device()[0][blocks:] == before[:blocks]).all()
+        rig.store([list(range(32))], range(32))
+        rig.load([list(range(32, 64))], range(32))
+        assert ways == {"dma": 2}
+        assert (rig.device()[0][32:] == before[:32]).all()
 
     @pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
     @pytest.mark.parametrize(("page", "blocks"), [(4096, 65_536), (65_536, 4096), (4 * MIB, 64)], ids=str)
-    def test_a_submit_returns_long_before_its_copy_ends(self, make: Make, page: int, blocks: int, store: bool,
+    def test_a_submit_returns_long_before_its_copy_ends(self, method: str, make: Make, page: int, blocks: int, store: bool,
                                                           note: Callable[[str], None]) -> None:  # fmt: skip
-        """The copy's time is that between its CUDA events. Descriptors of many small blocks take time of their own: only noted."""
+        """The copy's time is that between its CUDA events. The driver takes its time for each of many small blocks: only noted."""
         rig = make(Shape(pages=(page,), groups=((0,),), blocks=blocks, chunks=blocks))
         specs = rig.specs([list(range(blocks))], range(blocks))
         rig.finish(rig.start(*specs, store=True), rig.start(*specs, store=store))
         runs = [timed(rig, specs, store) for _ in range(5)]
         at_once = [run for run in runs if run.left_copying]
         share = min((run.submit_share for run in at_once), default=1.0)
-        note(f"copy {'d2h' if store else 'h2d'} {blocks} blocks of {page} bytes: {max(run.gb_per_s for run in runs):.1f} GB/s, submitting "
-             f"took {share:.3f} of it at best, and {len(at_once)} of {len(runs)} submissions returned before the end")
-        assert share < 0.5 or page < MIB
+        note(f"copy by {method} {'d2h' if store else 'h2d'} {blocks} blocks of {page} bytes: {max(run.gb_per_s for run in runs):.1f} GB/s, "
+             f"submitting took {share:.3f} of it at best, and {len(at_once)} of {len(runs)} submissions returned before the end")
+        assert share < 0.5 or (page < MIB and method == "dma")
 
     def test_the_engines_stream_goes_on_while_blocks_are_copied(self, make: Make) -> None:
         """A computation that is submitted after a copy ends before it."""

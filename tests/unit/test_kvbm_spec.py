@@ -5,6 +5,7 @@ import dataclasses
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,8 @@ from vllm.v1.kv_offload.config import (  # noqa: E402
     OffloadingModelConfig,
     OffloadingParallelConfig,
 )
+from vllm.v1.kv_offload.tiering.base import TieringOffloadingMetrics  # noqa: E402
+from vllm.v1.kv_offload.tiering.metrics import PRIMARY_TIER_LABEL  # noqa: E402
 
 from tandem_kvbm import checks, control, spec  # noqa: E402
 from tandem_kvbm.config import KvbmSettings  # noqa: E402
@@ -77,12 +80,20 @@ def made() -> KvbmSpec:
     return KvbmSpec(offloading_config())
 
 
+@contextmanager
+def ended(manager: KvbmManager) -> Iterator[KvbmManager]:
+    """The manager, shut down at the end."""
+    try:
+        yield manager
+    finally:
+        manager.shutdown()
+
+
 @pytest.fixture
 def manager(made: KvbmSpec) -> Iterator[KvbmManager]:
     """Its manager."""
-    manager = made.get_manager()
-    yield manager
-    manager.shutdown()
+    with ended(made.get_manager()) as manager:
+        yield manager
 
 
 def keys(*numbers: int) -> list[bytes]:
@@ -337,9 +348,8 @@ def with_disk(tmp_path: Path) -> Iterator[KvbmManager]:
     """A manager with host memory and a disk tier that takes every block."""
     settings = {"cpu_cache_override_num_blocks": HOST_BLOCKS, "disk_cache_override_num_blocks": 3, "disk_cache_dir": tmp_path,
                 "disable_disk_offload_filter": True}
-    manager = KvbmSpec(offloading_config(kvbm=settings)).get_manager()
-    yield manager
-    manager.shutdown()
+    with ended(KvbmSpec(offloading_config(kvbm=settings)).get_manager()) as manager:
+        yield manager
 
 
 def settle(manager: KvbmManager) -> None:
@@ -363,6 +373,35 @@ def test_blocks_go_to_the_disk_and_come_back(with_disk: KvbmManager) -> None:
     assert [with_disk.lookup(key, reader) for key in keys(1, 2)] == [LookupResult.HIT] * 2
     values = with_disk.values()
     assert (values["onboard_blocks_d2d"], values["host_cache_hit_rate"], values["disk_cache_hit_rate"]) == (2, 0, 1)
+
+
+def test_known_blocks_are_offered_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token of a long prompt doesn't wait for the tiers below; the request stays known to them until all are offered."""
+    monkeypatch.setattr("tandem_kvbm.manager.OFFERED_PER_STEP", 1)
+    settings = {"cpu_cache_override_num_blocks": HOST_BLOCKS, "disk_cache_override_num_blocks": 9, "disk_cache_dir": tmp_path}
+    with ended(KvbmSpec(offloading_config(kvbm=settings)).get_manager()) as manager:
+        store(manager, request(manager), 1, 2, 3)
+        settle(manager)
+        again = request(manager, "again")
+        assert manager.prepare_store(keys(1, 2, 3), again) is not None
+        manager.on_request_finished(again)
+        for waiting in (2, 1):
+            assert len(manager._req_state["again"].pending_cascade_keys) == waiting
+            manager.on_schedule_end(ScheduleEndContext((), ()))
+        settle(manager)
+        assert manager.values()["offload_blocks_h2d"] == 3
+        assert "again" not in manager._req_state
+
+
+def test_hits_of_the_host_tier_are_in_vllms_counters_too(manager: KvbmManager) -> None:
+    """Once per request and block, though they are answered past vLLM's own counting."""
+    store(manager, request(manager), 1, 2)
+    asks = request(manager, "asks")
+    assert [manager.lookup(key, asks) for key in keys(1, 2, 1, 3)] == [LookupResult.HIT] * 3 + [LookupResult.MISS]
+    stats = manager._metrics.take_stats()
+    assert stats is not None
+    assert stats._values[TieringOffloadingMetrics.CHUNK_QUERIES] == {PRIMARY_TIER_LABEL: 3}, "two blocks found, one not"
+    assert stats._values[TieringOffloadingMetrics.CHUNK_HITS] == {PRIMARY_TIER_LABEL: 2}
 
 
 def test_the_disk_tier_is_shown_and_reset(with_disk: KvbmManager) -> None:

@@ -45,6 +45,12 @@ def _host_policy(text: str) -> str:
     return text
 
 
+def _copy_method(text: str) -> str:
+    if text not in {"auto", "kernel", "dma"}:
+        raise ValueError("expected auto, kernel or dma")
+    return text
+
+
 def _disk_policy(text: str) -> str:
     if text not in {"lru", "tinylfu"}:
         raise ValueError("expected lru or tinylfu")
@@ -128,6 +134,11 @@ class KvbmSettings:
     host_policy: str = setting(
         env="TANDEM_KVBM_HOST_POLICY", default="lru", parse=_host_policy,
         help="What the host tier gives up first: lru, arc, or module.path:Class of a CachePolicy; lru, since prefixes are used by recency.",
+    )
+    copy_method: str = setting(
+        env="TANDEM_KVBM_COPY", default="auto", parse=_copy_method,
+        help="How pages move between GPU and host: kernel, dma (the driver's batched copies), or auto, the faster one as measured at "
+             "start.",
     )
     offload_decode_blocks: bool = setting(
         env="TANDEM_KVBM_OFFLOAD_DECODE_BLOCKS", default=True, parse=parse_bool,

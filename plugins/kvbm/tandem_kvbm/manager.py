@@ -6,10 +6,10 @@ Edge module. Everything runs on the scheduler's thread.
 
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from vllm.v1.kv_offload.base import Medium, OffloadingEvent, ReqContext
+from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadingEvent, ReqContext
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
 
@@ -19,6 +19,9 @@ from tandem_kvbm.stats import HIT_RATE, KvbmStats, Level
 
 log = logging.getLogger(__name__)
 
+OFFERED_PER_STEP = 64
+"""Known blocks that one request offers to the tiers below in one engine step. A long prompt has thousands, and its first token waits
+for the step in which they are offered."""
 LEVELS = {"DiskTier": Level.DISK, "ObjectTier": Level.OBJECT}
 """Class name of a tier -> its level; tiers of others count as storage of the disk's level."""
 
@@ -45,6 +48,24 @@ class KvbmManager(TieringOffloadingManager):  # type: ignore[misc]  # vLLM's cla
     def host_blocks_used(self) -> int:
         """Blocks that the host tier holds or is being given."""
         return int(self.plan.host_blocks - self.primary_tier._get_num_free_chunks())  # noqa: SLF001 - vLLM offers no other way
+
+    def lookup(self, key: bytes, req_context: ReqContext, *, exclude_tier_idx: int | None = None) -> LookupResult:
+        """As vLLM's. The host tier's own blocks, thousands for a long prompt and asked for anew in each step that waits, are answered
+        without vLLM's clock around each: it costs several times the answer."""
+        self._maybe_process_finished_jobs()
+        found: LookupResult = self.primary_tier.lookup(key, req_context)
+        if found is LookupResult.HIT:
+            self._metrics.on_host_hit(req_context, key)
+        if found in (LookupResult.HIT, LookupResult.HIT_PENDING):
+            return found
+        result: LookupResult = super().lookup(key, req_context, exclude_tier_idx=exclude_tier_idx)
+        return result
+
+    def _cascade_existing_chunks_to_request_level_tiers(self, keys: Sequence[bytes], req_context: ReqContext,
+                                                        request_level_tiers: set[int]) -> None:
+        """Offers some, and leaves the rest to the steps to come: vLLM parks keys for its own reasons, and takes them up at each step."""
+        super()._cascade_existing_chunks_to_request_level_tiers(keys[:OFFERED_PER_STEP], req_context, request_level_tiers)
+        self._req_state[req_context.req_id].pending_cascade_keys.extend(keys[OFFERED_PER_STEP:])
 
     def complete_load(self, keys: Collection[bytes], req_context: ReqContext) -> None:
         """Blocks reached the device."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import LookupResult, OffloadingGaugeMetadata, OffloadingMetricMetadata, ReqContext
-from vllm.v1.kv_offload.tiering.base import JobResult
+from vllm.v1.kv_offload.tiering.base import JobResult, TieringOffloadingMetrics
 from vllm.v1.kv_offload.tiering.metrics import PRIMARY_TIER_LABEL, TieringMetricsTracker
 
 from tandem_kvbm.stats import KvbmStats, Level
@@ -64,6 +64,7 @@ class CountingTracker(TieringMetricsTracker):  # type: ignore[misc]  # vLLM's cl
         self._kvbm = stats
         self._block_bytes = block_bytes
         self._levels = levels
+        self._host_hits = 0
         self._by_label = {PRIMARY_TIER_LABEL: Level.HOST, **{self.tier_label(i): level for i, level in enumerate(levels)}}
 
     def on_lookup(self, req_context: ReqContext, key: bytes, tier_label: tuple[str], result: LookupResult, lookup_duration: float) -> None:
@@ -71,6 +72,19 @@ class CountingTracker(TieringMetricsTracker):  # type: ignore[misc]  # vLLM's cl
         super().on_lookup(req_context, key, tier_label, result, lookup_duration)
         if result in (LookupResult.HIT, LookupResult.MISS):
             self._kvbm.on_lookup(req_context.req_id, self._by_label[tier_label], key, result is LookupResult.HIT)
+
+    def on_host_hit(self, req_context: ReqContext, key: bytes) -> None:
+        """A block of the host tier; the first time that its request asks, as with every tier."""
+        if self._kvbm.on_lookup(req_context.req_id, Level.HOST, key, True):
+            self._host_hits += 1
+
+    def take_stats(self) -> OffloadingConnectorStats | None:
+        """vLLM's counts since the last call, with the host tier's hits."""
+        if self._host_hits:
+            for name in (TieringOffloadingMetrics.CHUNK_QUERIES, TieringOffloadingMetrics.CHUNK_HITS):
+                self._stats.increase_counter(name, self._host_hits, PRIMARY_TIER_LABEL)
+            self._host_hits = 0
+        return super().take_stats()
 
     def on_request_allocated(self, req_context: ReqContext) -> None:
         """The request is scheduled, so it has all the answers that it will use."""

@@ -71,8 +71,17 @@ class KvbmSpec(TieringOffloadingSpec):  # type: ignore[misc]  # vLLM's classes a
         if self._worker is None:
             with bounded("mapping the host tier", self.settings.leader_worker_init_timeout_s, _end_process):
                 self._check_host_memory()
-                self._worker = self._host_copy_worker(kv_caches) if current_platform.is_cpu() else self.create_worker(kv_caches)
+                self._worker = self._host_copy_worker(kv_caches) if current_platform.is_cpu() else self._device_worker(kv_caches)
         return self._worker
+
+    def _device_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """vLLM's, which copies on streams of its own; on CUDA with the faster way to move pages."""
+        worker = self.create_worker(kv_caches)
+        if current_platform.is_cuda():
+            from tandem_kvbm.cuda_copies import choose_copies  # compiled for CUDA only
+
+            choose_copies(worker, self.settings.copy_method)
+        return worker
 
     def _build_manager(self) -> KvbmManager:
         self._check_host_memory()

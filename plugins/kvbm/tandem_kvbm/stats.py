@@ -75,13 +75,20 @@ class KvbmStats:
         self._requests: dict[str, dict[Level, _Asked] | None] = {}
         """None: scheduled."""
 
-    def on_lookup(self, request_id: str, level: Level, key: bytes, found: bool) -> None:
-        """A tier said whether it has a block. Its first answer counts: later the block may have come from the tier below."""
+    def on_lookup(self, request_id: str, level: Level, key: bytes, found: bool) -> bool:
+        """A tier said whether it has a block. Its first answer counts: later the block may have come from the tier below.
+
+        Returns whether it was the first."""
         levels = self._requests.setdefault(request_id, {})
-        if levels is None or key in (asked := levels.setdefault(level, _Asked())).asked:
-            return
+        if levels is None:
+            return False
+        if (asked := levels.get(level)) is None:
+            asked = levels[level] = _Asked()
+        if key in asked.asked:
+            return False
         asked.asked.add(key)
         asked.found += found
+        return True
 
     def on_scheduled(self, request_id: str) -> None:
         """The request has found what it will use; what it asks from here on doesn't count."""
