@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -57,6 +58,8 @@ def warm_up() -> None:
         tracker.apply("warm", wire.encode(0.0, [event], 0), 0.0)
     tracker.expire(0.0)
     tracker.lanes[0].check_integrity()
+    gc.collect()
+    gc.freeze()  # the compiler's objects stay for good: without this, each full collection goes through all of them
 
 
 async def _until_told(watched_pid: int) -> None:

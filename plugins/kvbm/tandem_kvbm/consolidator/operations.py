@@ -5,8 +5,11 @@ vLLM sends an event per block where tiers store and where the device evicts. Eve
 operation: what an event costs is mostly the number of array operations that it leads to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -66,26 +69,20 @@ Operation = Store | Remove | Clear
 def operations(events: list[wire.Event]) -> list[Operation]:
     """In the order of the events. Raises msgspec.ValidationError."""
     result: list[Operation] = []
-    for kind, group in groupby(events, _kind):
-        together = list(group)
-        if kind is None:
-            result.extend(Clear() for _ in together)
-        elif isinstance(together[0], wire.Removed):
-            hashes = wire.hashes_of_many([event.block_hashes for event in together if isinstance(event, wire.Removed)])
-            result.append(Remove(hashes, wire.tier_of(kind[0]), _group(kind[1]), _owner(together[0])))
+    for kind, group in groupby(events, type):
+        if kind is wire.Stored:
+            for _, alike in groupby(group, _STORED):
+                result.extend(_stores(cast("list[wire.Stored]", list(alike))))
+        elif kind is wire.Removed:
+            result.extend(_remove(cast("list[wire.Removed]", list(alike))) for _, alike in groupby(group, _REMOVED))
         else:
-            result.extend(_stores([event for event in together if isinstance(event, wire.Stored)]))
+            result.extend(Clear() for _ in group)
     return result
 
 
-def _kind(event: wire.Event) -> tuple[str | None, int | None, str | None, str | None, *tuple[object, ...]] | None:
-    """What events must have in common to be done at once: medium, group, owner, and what else a store says. None for Clear."""
-    if isinstance(event, wire.Removed):
-        return event.medium, event.group_idx, event.ownership, event.locality
-    if isinstance(event, wire.Stored):
-        return (event.medium, event.group_idx, event.ownership, event.locality, event.block_size, event.lora_name, event.lora_id,
-                event.kv_cache_spec_kind, event.kv_cache_spec_sliding_window)
-    return None
+def _remove(events: list[wire.Removed]) -> Remove:
+    first, hashes = events[0], wire.hashes_of_many([event.block_hashes for event in events])
+    return Remove(hashes, wire.tier_of(first.medium), _group(first.group_idx), _owner(first))
 
 
 def _stores(events: list[wire.Stored]) -> list[Store]:
@@ -138,10 +135,13 @@ def _group(group: int | None) -> int | None:
     return group
 
 
-def _owner(event: wire.Event) -> Owner:
-    if isinstance(event, wire.Cleared):
-        return _NOBODY
+def _owner(event: wire.Stored | wire.Removed) -> Owner:
     return _NOBODY if event.ownership is None and event.locality is None else Owner(event.ownership or "", event.locality or "")
 
 
 _NOBODY = Owner()
+_PLACE = ("medium", "group_idx", "ownership", "locality")
+_REMOVED: Callable[[Any], Any] = attrgetter(*_PLACE)
+_STORED: Callable[[Any], Any] = attrgetter(
+    *_PLACE, "block_size", "lora_name", "lora_id", "kv_cache_spec_kind", "kv_cache_spec_sliding_window")
+"""What events must have in common to be done at once."""
