@@ -19,10 +19,12 @@ import numpy as np
 import psutil
 import pytest
 import zmq
+from benchmarks import consolidator as benchmark
 from vllm.distributed import kv_events as vllm_events
 
 from tandem_kvbm.consolidator.config import ConsolidatorSettings, load_settings
-from tandem_kvbm.consolidator.pump import Plan, Pump
+from tandem_kvbm.consolidator.plan import Plan
+from tandem_kvbm.consolidator.pump import Pump
 from tandem_protocol.blocks import hash_blocks
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.event_sequence_terms import Limits
@@ -31,8 +33,6 @@ from tandem_protocol.workers import EventSource
 from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
 from tandem_router.index import KvIndex
-
-pytestmark = pytest.mark.slow
 
 _WAIT_S = 60.0
 _BLOCK = 4
@@ -243,6 +243,7 @@ def test_the_router_learns_what_the_engine_holds(stage: _Stage) -> None:
     assert pump.report().dumps > 0
 
 
+@pytest.mark.slow
 def test_many_late_joiners_share_dumps(stage: _Stage) -> None:
     """And go on with the stream."""
     engine, pump = stage.engine(), stage.pump()
@@ -362,6 +363,16 @@ def test_the_process_serves_its_figures_and_ends_with_whom_it_watches(stage: _St
             if psutil.pid_exists(one.pid):
                 one.send_signal(signal.SIGKILL)
             one.wait(_WAIT_S)
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_both_sides_equal(capfd: pytest.CaptureFixture[str]) -> None:
+    """A small run of it, with its figures."""
+    assert benchmark.main(["--json", "--events", "5000", "--warm-events", "2000", "--rates", "2000,10000", "--seconds", "0.5"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["block_events_per_s"] > 0
+    assert 0 < report["latency_p50_ms"] <= report["latency_p99_ms"]
+    assert report["latency_load_block_events_per_s"] == 10_000
 
 
 def test_a_wrong_setting_ends_the_process_with_the_reason() -> None:
