@@ -192,7 +192,7 @@ def plot(report: Report, folder: Path) -> Path:
     ratios = sorted(report.phases)
     canvas = Canvas(figsize=(12, 3.6), layout="constrained")
     panels = canvas.subplots(1, 3)
-    for mode, style in zip(MODES, ("o-", "s--"), strict=True):
+    for mode, style in zip(MODES, ("C0o-", "C1s--"), strict=True):
         known = [ratio for ratio in ratios if mode in report.phases[ratio]]
         found = [report.phases[ratio][mode].to_json() for ratio in known]
         panels[0].plot(known, [one["ttft_ms_p50"] for one in found], style, label=f"{mode}, p50")
