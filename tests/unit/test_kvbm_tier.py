@@ -322,6 +322,25 @@ def test_what_a_request_says_of_its_blocks_decides_what_is_given_up(clock: Clock
     bench.tier.shutdown()
 
 
+def test_a_stuck_store_is_missed_and_spared_until_it_moves_again(bench: Bench, slow: SlowStore, clock: Clock) -> None:
+    """Nothing is asked of it and nothing queued for it, so that no request waits and no row of host memory is held."""
+    bench.store(1)
+    assert slow.entered.acquire(timeout=WAIT_S)
+    slow.gate.clear()
+    job = bench.job({1: 7, 2: 8}, load=True)
+    assert all(slow.entered.acquire(timeout=WAIT_S) for _ in range(2))
+    clock.now += 31.0
+    assert not bench.result(job).success
+    clock.now += 11.0  # the blocks of that load are no longer avoided
+    assert bench.lookup(1) is LookupResult.MISS
+    assert not bench.store(3).success
+    assert bench.tier.counters.take()["dropped"] == 1
+    slow.gate.set()
+    until(lambda: not bench.tier._pool.stuck())
+    assert bench.lookup(1) is LookupResult.HIT
+    assert bench.store(3).success
+
+
 def test_draining_ends_every_job(bench: Bench) -> None:
     jobs = {bench.job({number: number}, load=False) for number in range(3)}
     bench.tier.drain_jobs()

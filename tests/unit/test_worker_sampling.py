@@ -164,7 +164,7 @@ def test_what_blocks_are_worth_goes_to_the_kv_tiers_with_every_leg(given: Any) -
     assert remote == {"do_remote_prefill": True}
 
 
-@pytest.mark.parametrize("given", ["much", 1.5, 1 << 31, -(1 << 40), [1]])
+@pytest.mark.parametrize("given", ["much", 1.5, 101, -101, [1]])
 def test_a_worth_that_is_no_small_integer_is_refused(given: Any) -> None:
     """Not ignored: the client means something by it."""
     with pytest.raises(RequestError, match=r"sampling parameter kvbm_priority=.* is not valid"):

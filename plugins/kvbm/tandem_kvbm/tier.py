@@ -36,7 +36,7 @@ from tandem_kvbm.policies.admission import Admission
 from tandem_kvbm.store import BlockStore
 from tandem_kvbm.transfers import Job, TransferPool
 from tandem_protocol.errors import ConfigError
-from tandem_protocol.handoff import KVBM_PRIORITY
+from tandem_protocol.handoff import KVBM_PRIORITY, KVBM_WORTH
 
 _AVOIDED_KEYS = 100_000
 _CLOSE_S = 5.0
@@ -272,6 +272,6 @@ class StoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM's classes a
 
 
 def priority_of(request: ReqContext) -> int:
-    """What the request says of its blocks' worth; 0 if it says nothing that is an integer."""
+    """What the request says of its blocks' worth, within bounds; 0 if it says nothing that is an integer."""
     priority = (request.kv_transfer_params or {}).get(KVBM_PRIORITY, 0)
-    return priority if isinstance(priority, int) else 0
+    return max(-KVBM_WORTH, min(KVBM_WORTH, priority)) if isinstance(priority, int) else 0

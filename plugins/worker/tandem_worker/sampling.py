@@ -20,7 +20,7 @@ from tandem_protocol.errors import RequestError
 
 LORA_NAME = "lora_name"
 PRIORITY = "priority"
-_BlockPriority = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+_BlockPriority = Annotated[int, msgspec.Meta(ge=-handoff.KVBM_WORTH, le=handoff.KVBM_WORTH)]
 _OWNED = frozenset({"output_kind", "stream_interval", "skip_clone", "detokenize", "extra_args", "output_text_buffer_length",
                     "prompt_logprob_token_ids", "routed_experts_prompt_start", "trace_decode_token_ids", "flat_logprobs",
                     "skip_reading_prefix_cache"})

@@ -39,6 +39,8 @@ _FIRST_DELAY_S: Final = 0.05
 _CHUNK_BYTES: Final = 1 << 18
 _DELETE_KEYS: Final = 1000
 _ABORT_DEADLINE_S: Final = 2.0
+_WRITER: Final = "tandem-writer"
+"""Metadata of every object: who wrote it, for whoever doesn't know whether its own write arrived."""
 
 
 class Bucket:
@@ -50,6 +52,7 @@ class Bucket:
         self._closing = threading.Event()
         self._client = _client(config, socket_timeout_s)
         self._conditional = True
+        self._signature = {_WRITER: config.worker_id}
 
     def deadline(self, seconds: float) -> Deadline:
         """A deadline on this bucket's clock."""
@@ -77,6 +80,14 @@ class Bucket:
             return False
         return True
 
+    def is_own(self, name: str, deadline: Deadline) -> bool:
+        """Whether the object is there and this worker wrote it."""
+        try:
+            answer = self._try(deadline, lambda: self._client.head_object(Bucket=self._name, Key=name))
+        except MissingBlockError:
+            return False
+        return answer.get("Metadata", {}).get(_WRITER) == self._config.worker_id
+
     def get(self, name: str, into: memoryview, deadline: Deadline) -> bytes:
         """Fills `into` with the block; returns the footer."""
 
@@ -99,7 +110,7 @@ class Bucket:
         if len(body) > self._config.multipart_bytes:
             return self._put_parts(name, memoryview(body), deadline, only_new)
         return self._conditionally(only_new, deadline, lambda condition: self._client.put_object(
-            Bucket=self._name, Key=name, Body=_Body(body, deadline), ContentLength=len(body), **condition))
+            Bucket=self._name, Key=name, Body=_Body(body, deadline), ContentLength=len(body), Metadata=self._signature, **condition))
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> list[str]:
         """Removes; returns those that are still there because the bucket refused."""
@@ -127,7 +138,7 @@ class Bucket:
         self._client.close()
 
     def _put_parts(self, name: str, body: memoryview, deadline: Deadline, only_new: bool) -> bool:
-        started = self._try(deadline, lambda: self._client.create_multipart_upload(Bucket=self._name, Key=name))
+        started = self._try(deadline, lambda: self._client.create_multipart_upload(Bucket=self._name, Key=name, Metadata=self._signature))
         upload = {"Bucket": self._name, "Key": name, "UploadId": started["UploadId"]}
         try:
             parts = self._send_parts(upload, body, deadline)

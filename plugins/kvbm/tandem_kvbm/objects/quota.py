@@ -19,6 +19,7 @@ from tandem_kvbm.store import MissingBlockError
 _SAVE_EVERY = 256
 """Writes between two saves of the ledger: what a killed worker forgets at most, and then nobody evicts."""
 _OWED_MOST = 4096
+_DOUBTED_MOST = 256
 _DEADLINE_S = 10.0
 _LIST_PAGES = 100
 """At open: enough for 100,000 blocks; of those beyond it is unknown whether they are still there."""
@@ -32,6 +33,8 @@ class Quota:
         self._object = names.ledger_of(config.worker_id)
         self._ledger = Ledger(config.num_blocks) if config.num_blocks else None
         self._owed: dict[bytes, None] = {}
+        self._doubted: dict[bytes, None] = {}
+        """Writes that failed: each may have arrived all the same, and then nobody would own it."""
         self._unsaved = 0
         self._lock = threading.Lock()
 
@@ -57,6 +60,7 @@ class Quota:
         """A block was written; returns what is given up for it. `settle` removes that."""
         with self._lock:
             self._owed.pop(key, None)
+            self._doubted.pop(key, None)
             self._unsaved += 1
             victims = self._ledger.add(key, priority) if self._ledger is not None else []
             self._owed.update(dict.fromkeys(victims))
@@ -83,8 +87,19 @@ class Quota:
         if len(keys) > room:
             self._counters.add(Count.DELETE_FAILURES, len(keys) - room)
 
+    def doubt(self, key: bytes) -> None:
+        """A write failed: the next `settle` finds out whether it arrived. Beyond the bound the lifecycle rule must, and it's counted."""
+        with self._lock:
+            if self._ledger is None or key in self._ledger:
+                return
+            kept = len(self._doubted) < _DOUBTED_MOST
+            if kept:
+                self._doubted[key] = None
+        self._counters.add(Count.DELETE_FAILURES, not kept)
+
     def settle(self) -> None:
         """Removes what is owed, and saves the ledger if enough was written since. Raises StoreUnavailableError."""
+        self._clear_doubts()
         with self._lock:
             owed, self._owed = list(self._owed), {}
         try:
@@ -95,6 +110,16 @@ class Quota:
         self.give_up(refused)
         if self._unsaved >= _SAVE_EVERY:
             self.save()
+
+    def _clear_doubts(self) -> None:
+        """Owes the removal of what arrived. What another worker has written under the name is its own."""
+        deadline = self._bucket.deadline(_DEADLINE_S)
+        for key in list(self._doubted):
+            arrived = self._bucket.is_own(self._names.name_of(key), deadline)
+            with self._lock:
+                if key in self._doubted:
+                    del self._doubted[key]
+                    self._owed.update(dict.fromkeys([key] if arrived else []))
 
     def delete(self, keys: Sequence[bytes], deadline: Deadline) -> list[bytes]:
         """Removes now; returns what the bucket refused to remove."""

@@ -161,7 +161,7 @@ class ObjectStore(BlockStore):
         try:
             stored = self._guard(Count.WRITE_FAILURES, lambda: self._bucket.put(name, body, deadline, only_new=True))
         except StoreUnavailableError:
-            self._quota.give_up([key])  # it may have arrived all the same, and then nobody would own it
+            self._quota.doubt(key)
             raise
         self._presence.put((key,), there=True)
         if not stored:
