@@ -86,7 +86,7 @@ class Bucket:
             answer = self._try(deadline, lambda: self._client.head_object(Bucket=self._name, Key=name))
         except MissingBlockError:
             return False
-        return answer.get("Metadata", {}).get(_WRITER) == self._config.worker_id
+        return bool(answer.get("Metadata", {}).get(_WRITER) == self._config.worker_id)
 
     def get(self, name: str, into: memoryview, deadline: Deadline) -> bytes:
         """Fills `into` with the block; returns the footer."""
