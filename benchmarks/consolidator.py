@@ -98,15 +98,17 @@ def _push(running: Rig, frames: Sequence[Frame], window: int) -> None:
 
 
 def _throughput(running: Rig, frames: Sequence[Frame], window: int) -> dict[str, Any]:
-    blocks, cpu_s, begin = sum(frame.blocks for frame in frames), running.cpu_s(), time.perf_counter()
+    blocks, cpu_s, waited_s = sum(frame.blocks for frame in frames), running.cpu_s(), running.waited_s()
+    begin = time.perf_counter()
     _push(running, frames, window)
     wall_s, cpu_s = time.perf_counter() - begin, running.cpu_s() - cpu_s
-    return {"block_events_per_s": blocks / wall_s, "block_events_per_cpu_s": blocks / cpu_s, "block_events": blocks, "wall_s": wall_s}
+    return {"block_events_per_s": blocks / wall_s, "block_events_per_cpu_s": blocks / cpu_s, "block_events": blocks, "wall_s": wall_s,
+            "waited_for_its_core_s": running.waited_s() - waited_s}
 
 
 def _latency(running: Rig, frames: Sequence[Frame], rate: int) -> dict[str, float]:
     """Frames fall due at the rate of their blocks, whether or not earlier ones have come out."""
-    due_s, first, cpu_s = time.perf_counter(), len(running.sent), running.cpu_s()
+    due_s, first, cpu_s, waited_s = time.perf_counter(), len(running.sent), running.cpu_s(), running.waited_s()
     dues: list[float] = []
     for frame in frames:
         while (ahead_s := due_s - time.perf_counter()) > 0:
@@ -119,7 +121,7 @@ def _latency(running: Rig, frames: Sequence[Frame], rate: int) -> dict[str, floa
     took_ms = [1000 * (running.arrived_s[first + place] - due) for place, due in enumerate(dues)]
     share = (running.cpu_s() - cpu_s) / (time.perf_counter() - dues[0])
     return {"p50_ms": percentile(took_ms, 50), "p99_ms": percentile(took_ms, 99), "max_ms": max(took_ms), "frames": len(took_ms),
-            "consolidator_core_share": share}
+            "consolidator_core_share": share, "waited_for_its_core_s": running.waited_s() - waited_s}
 
 
 def _compare(running: Rig) -> dict[str, int]:

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import zmq
@@ -56,6 +57,11 @@ class Rig:
         """Time that the consolidator has computed."""
         times = self.consolidator.cpu_times()
         return float(times.user + times.system)
+
+    def waited_s(self) -> float:
+        """Time that its threads could have computed but other processes had the core: what a shared machine adds."""
+        tasks = Path(f"/proc/{self.consolidator.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
 
     def send(self, frame: Frame) -> int:
         """Publishes a frame; its number."""

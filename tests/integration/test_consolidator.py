@@ -338,28 +338,32 @@ def test_a_port_that_is_taken_is_said(stage: _Stage) -> None:
         Pump(stage.plan)
 
 
-def test_the_process_serves_its_figures_and_ends_with_whom_it_watches(stage: _Stage) -> None:
-    """`python -m tandem_kvbm.consolidator`: health, metrics, and no life of its own."""
-    engine = stage.engine()
-    watched = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    admin = _free_ports(1)[0]
+def test_a_process_that_is_killed_comes_back_and_ends_with_whom_it_is_beside(stage: _Stage) -> None:
+    """Under its supervisor, with its figures; the router then knows what the engine holds. In the end nothing is left running."""
+    engine, router, admin = stage.engine(), stage.router(), _free_ports(1)[0]
+    beside = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     environment = {**os.environ, "TANDEM_CONSOLIDATOR_PORT": str(stage.port), "TANDEM_CONSOLIDATOR_ADMIN_PORT": str(admin),
                    "TANDEM_CONSOLIDATOR_ENGINE": f"tcp://127.0.0.1:{stage.engine_port}", "TANDEM_CONSOLIDATOR_STATE": str(stage.state),
-                   "TANDEM_CONSOLIDATOR_ENGINE_REPLAY": f"tcp://127.0.0.1:{stage.engine_port + 1000}",
-                   "TANDEM_CONSOLIDATOR_WATCHED_PID": str(watched.pid)}
-    process = subprocess.Popen([sys.executable, "-m", "tandem_kvbm.consolidator"], env=environment)
+                   "TANDEM_CONSOLIDATOR_ENGINE_REPLAY": f"tcp://127.0.0.1:{stage.engine_port + 1000}"}
+    supervisor = subprocess.Popen([sys.executable, "-m", "tandem_kvbm.consolidator.supervisor", str(beside.pid)], env=environment)
     try:
         assert _until(lambda: _get(admin, "/health")[0] == 200)
         engine.publish(10)
         assert _until(lambda: json.loads(_get(admin, "/health")[1])["sources"][0]["last_seq"] == 9)
-        text = _get(admin, "/metrics")[1]
-        assert 'tandem_consolidator_feed_total{publisher="engine0",what="batches"} 10.0' in text
-        assert _get(admin, "/live")[0] == 200
-        watched.communicate(timeout=_WAIT_S)
-        assert process.wait(_WAIT_S) == 0
+        assert 'tandem_consolidator_feed_total{publisher="engine0",what="batches"} 10.0' in _get(admin, "/metrics")[1]
+        [victim] = psutil.Process(supervisor.pid).children()
+        victim.kill()
+        engine.publish(10)
+        assert _until(lambda: victim.pid not in [child.pid for child in psutil.Process(supervisor.pid).children()])
+        assert _until(lambda: _get(admin, "/live")[0] == 200)
+        assert _until(lambda: router.agrees({0: engine}))
+        [another] = psutil.Process(supervisor.pid).children()
+        beside.communicate(timeout=_WAIT_S)
+        assert supervisor.wait(_WAIT_S) == 0
+        assert not another.is_running()
         assert stage.state.exists()
     finally:
-        for one in (process, watched):
+        for one in (supervisor, beside):
             if psutil.pid_exists(one.pid):
                 one.send_signal(signal.SIGKILL)
             one.wait(_WAIT_S)
