@@ -54,6 +54,15 @@ async def test_health_tells_the_load(client: ClientSession) -> None:
         }
 
 
+async def test_metrics_of_other_registries_are_added(host: FakeHost) -> None:
+    """LMCache's lie in files."""
+    server = AdminServer(host, "decode", DRAIN_TIMEOUT_S, further_metrics=lambda: b"lmcache:hits_total 1.0\n")
+    port = await server.start("127.0.0.1", 0)
+    async with ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+        assert (await answer.text()).endswith("\nlmcache:hits_total 1.0\n")
+    await server.stop()
+
+
 async def test_metrics_are_prometheus_text(client: ClientSession) -> None:
     """Of this process's registry, which vLLM writes to."""
     async with client.get("/metrics") as answer:

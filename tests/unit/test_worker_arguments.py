@@ -145,6 +145,15 @@ def test_a_connector_that_is_not_installed_fails_before_the_engine() -> None:
         complete(MODEL, replace(AGGREGATED, connector=("lmcache",)), GPU)
 
 
+def test_lmcache_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no connector for one, and would say so minutes later, in a traceback of the engine's process."""
+    monkeypatch.setattr("tandem_worker.connectors.find_spec", lambda package: object())
+    with pytest.raises(ConfigError, match="LMCache moves no KV blocks on CPUs"):
+        complete(MODEL, replace(AGGREGATED, connector=("lmcache",)), CPU)
+    config = complete(MODEL, replace(PREFILL, connector=("lmcache", "nixl")), GPU)["kv_transfer_config"]
+    assert [child["kv_connector"] for child in config["kv_connector_extra_config"]["connectors"]] == ["LMCacheConnectorV1", "NixlConnector"]
+
+
 @pytest.mark.parametrize(("settings", "published"), [(AGGREGATED, True), (PREFILL, True), (DECODE, False)])
 def test_decode_workers_publish_no_kv_events(settings: WorkerSettings, published: bool) -> None:
     """Nobody should route a prompt by the blocks of a decode worker."""

@@ -63,6 +63,18 @@ def test_one_connector_stands_for_itself(name: str, kind: str, role: Role) -> No
     assert (config["kv_connector"], config["kv_role"], config["kv_load_failure_policy"]) == (kind, KV_ROLE[role], "recompute")
 
 
+@pytest.mark.parametrize("names", [("lmcache",), ("kvbm",), ("nixl",), ("lmcache", "nixl"), ("kvbm", "nixl")])
+@pytest.mark.parametrize("role", list(Role))
+def test_vllm_takes_what_is_built(names: tuple[str, ...], role: Role) -> None:
+    """Its configuration is checked, and its factory knows the names."""
+    config = pytest.importorskip("vllm.config").KVTransferConfig(**(transfer_config(names, role, everything) or {}))
+    known = pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.factory").KVConnectorFactory._registry
+    children = config.kv_connector_extra_config.get("connectors", [{"kv_connector": config.kv_connector}])
+    assert config.kv_connector in known
+    assert [child["kv_connector"] for child in children] == [KINDS[name] for name in names]
+    assert {child["kv_connector"] for child in children} <= known.keys()
+
+
 def test_several_connectors_are_joined_in_order() -> None:
     """By vLLM's MultiConnector, every child with the role's direction."""
     config = transfer_config(("nixl", "lmcache", "kvbm"), Role.PREFILL, everything)

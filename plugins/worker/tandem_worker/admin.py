@@ -45,12 +45,17 @@ class AdminServer:
     """Serves the admin routes of one worker."""
 
     def __init__(self, host: Host, model_name: str, drain_timeout_s: float,
-                 models: Callable[[], Awaitable[dict[str, str]]] = _no_models, routes: Iterable[web.RouteDef] = ()) -> None:
-        """`models` tells the state of each model that Triton holds, by name; empty where Triton doesn't answer. `routes`: further ones."""
+                 models: Callable[[], Awaitable[dict[str, str]]] = _no_models, routes: Iterable[web.RouteDef] = (),
+                 further_metrics: Callable[[], bytes] = bytes) -> None:  # fmt: skip
+        """`models` tells the state of each model that Triton holds, by name; empty where Triton doesn't answer. `routes`: further ones.
+
+        `further_metrics`: those of other registries than this process's, in Prometheus' text format.
+        """
         self._host = host
         self._model_name = model_name
         self._drain_timeout_s = drain_timeout_s
         self._models = models
+        self._further_metrics = further_metrics
         self._site = AdminSite(self._application(routes))
 
     async def start(self, address: str, port: int) -> int:
@@ -86,7 +91,7 @@ class AdminServer:
         return web.json_response(body, status=200 if status.state is WorkerState.READY else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        body = await asyncio.to_thread(generate_latest, REGISTRY)
+        body = await asyncio.to_thread(lambda: generate_latest(REGISTRY) + self._further_metrics())
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -37,7 +37,7 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     arguments = dict(given)
     _refuse_unknown(arguments, platform.known_arguments)
     _set_model(arguments, settings)
-    _set_transfer(arguments, settings)
+    _set_transfer(arguments, settings, platform)
     if settings.checkpoint_signal_file and not platform.is_cpu:
         arguments["enable_sleep_mode"] = True  # a dump of a sleeping engine holds no KV cache, and the GPU's memory is free
     _set_defaults(arguments, platform)
@@ -67,7 +67,7 @@ def _set_model(arguments: EngineArguments, settings: WorkerSettings) -> None:
         raise ConfigError(f"served_model_name has {len(names)} entries: a worker serves one name, give one")
 
 
-def _set_transfer(arguments: EngineArguments, settings: WorkerSettings) -> None:
+def _set_transfer(arguments: EngineArguments, settings: WorkerSettings, platform: Platform) -> None:
     role = settings.effective_role
     if arguments.get("kv_transfer_config") is not None:
         if settings.connector is not None:
@@ -75,6 +75,8 @@ def _set_transfer(arguments: EngineArguments, settings: WorkerSettings) -> None:
         return
     names = parse_connectors(settings.effective_connectors, role)
     arguments["kv_transfer_config"] = transfer_config(names, role)
+    if "lmcache" in names and platform.is_cpu:
+        raise ConfigError("LMCache moves no KV blocks on CPUs: choose the connector kvbm there")
     if "nixl" in names and arguments.get("tensor_parallel_size", 1) == 1:
         # In one process with the scheduler NIXL's threads fight for the GIL of the engine's hot loop (vllm#29369).
         arguments.setdefault("distributed_executor_backend", "mp")

@@ -105,6 +105,10 @@ class WorkerSettings:
     admin_port: int = setting(
         env="DYN_SYSTEM_PORT", default=8081, parse=_port_or_off, unit="port", help="First admin port, plus worker index; -1 for none."
     )
+    metrics_folder: str = setting(
+        env="PROMETHEUS_MULTIPROC_DIR", default="", parse=str, flag=False,
+        help="Folder of this worker alone in which the engine's processes keep metrics: `/metrics` then shows LMCache's (`lmcache:`), too.",
+    )
     discovery: str = setting(
         env="TANDEM_DISCOVERY", default="", parse=check_url,
         help="Where workers register and routers find them: file:/folder, etcd://host:port[/prefix], or empty for none. "

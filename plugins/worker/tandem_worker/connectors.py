@@ -28,7 +28,7 @@ _CONNECTORS: dict[str, dict[str, Any]] = {
 _PACKAGES = {"nixl": "nixl", "lmcache": "lmcache", "kvbm": "tandem_kvbm"}
 _INSTALL = {
     "nixl": "install the packages nixl and nixl-cu12 or nixl-cu13",
-    "lmcache": "install the package lmcache",
+    "lmcache": "install the package lmcache with --no-deps (its own pins contradict vLLM's) and what it then misses",
     "kvbm": "install the plugin tandem_kvbm, which is a part of Tandem",
 }
 

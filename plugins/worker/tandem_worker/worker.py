@@ -26,6 +26,7 @@ from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import engine_environment, overridable
 from tandem_worker.guard import Ward, start_guard
 from tandem_worker.host import EngineHost
+from tandem_worker.lmcache_metrics import lmcache_metrics
 from tandem_worker.lora.adapter import static_adapters
 from tandem_worker.lora.adapters import CHANGEABLE
 from tandem_worker.lora.routes import lora_routes
@@ -167,7 +168,8 @@ class Worker:
     def _start_admin(self, host: EngineHost, cycle: SleepCycle) -> int:
         sleep = SleepRoutes(cycle, self.settings.sleep_mode_level, self.settings.drain_timeout_s)
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
-                                  (*sleep.routes(), *lora_routes(host.generator.adapters)))
+                                  (*sleep.routes(), *lora_routes(host.generator.adapters)),
+                                  functools.partial(lmcache_metrics, self.settings.metrics_folder))
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
         return int(port)
