@@ -5,10 +5,11 @@ The trace is generated (`traces.py`) or a real Mooncake file. Its rate is set so
 work if every prefix were reused (60 % by default: the fixed time of every step comes on top, so engines are nearly always busy,
 but no mode that reuses prefixes falls behind). A generated trace has more conversations for more load; a file is played faster.
 
-Reported per fleet and mode: the share of prompt tokens found in caches, against that of one infinite cache (ideal); time to
-first token; load spread (busiest worker / mean, of step time less each step's fixed part); and the real time of a decision.
-Top-level keys are the worst over the fleets: `reuse_of_ideal`, `ttft_p50_vs_round_robin` and `load_spread` (kv's spread over
-least-loaded's); `decision_p99_ms` is kv's of the largest fleet.
+Reported per fleet and mode: the share of prompt tokens found in caches, against that of one infinite cache (ideal), and against that
+of a fleet of infinite caches in which every conversation stays where it began (sticky: each worker computes shared prefixes once);
+time to first token; load spread (busiest worker / mean, of step time less each step's fixed part); and the real time of a decision.
+Top-level keys are the worst over the fleets: `reuse_of_ideal`, `reuse_of_sticky`, `ttft_p50_vs_round_robin` and `load_spread` (kv's
+spread over least-loaded's); `decision_p99_ms` is kv's of the largest fleet.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 from benchmarks import hardware
 from benchmarks.errors import BenchmarkError
 from benchmarks.routing import MODES, Outcome, Replay, at_rate, load_of
-from benchmarks.traces import SHAPES, Statistics, TraceRequest, generate, read, statistics
+from benchmarks.traces import SHAPES, Statistics, TraceRequest, generate, read, statistics, sticky_hits
 from tandem_protocol import blocks, kv_events
 from tandem_worker.mock.settings import EngineSettings
 from tandem_worker.mock.timing import StepTiming, load_profile
@@ -31,8 +32,8 @@ from tandem_worker.mock.timing import StepTiming, load_profile
 _CACHE_TOKENS = 800_000
 _REQUESTS = {8: 2000, 64: 5000}
 """By default: part of a published trace's length for 8 workers, so that a run takes at most three minutes on one core."""
-_COLUMNS = ("reuse_of_ideal", "hit", "ttft_p50_s", "ttft_p99_s", "load_spread", "busy", "drain_s", "decision_p50_ms", "decision_p99_ms",
-            "decision_cpu_p99_ms", "hashing_p99_ms")
+_COLUMNS = ("reuse_of_ideal", "reuse_of_sticky", "hit", "ttft_p50_s", "ttft_p99_s", "load_spread", "busy", "drain_s",
+            "decision_p50_ms", "decision_p99_ms", "decision_cpu_p99_ms", "hashing_p99_ms")
 _WARM_REQUESTS = 20
 _ROUTER = MODES["kv"]
 
@@ -67,14 +68,19 @@ class Report:
     command: str
     traces: dict[int, Statistics] = field(default_factory=dict)
     loads: dict[int, float] = field(default_factory=dict)
+    sticky: dict[int, float] = field(default_factory=dict)
     results: dict[int, dict[str, Outcome]] = field(default_factory=dict)
 
     def reuse(self, workers: int, mode: str) -> float:
         """Hit rate over the ideal one."""
         return self.results[workers][mode].hit / self.traces[workers].ideal_hit
 
+    def reuse_of_sticky(self, workers: int, mode: str) -> float:
+        """Hit rate over that of conversations that stay where they began."""
+        return self.results[workers][mode].hit / self.sticky[workers]
+
     def headline(self) -> dict[str, float | None]:
-        """The four figures; None where a mode they need was left out."""
+        """The five figures; None where a mode they need was left out."""
         def ttft(_: int, of: dict[str, Outcome]) -> float:
             return of["kv"].ttft_p50_s / of["round-robin"].ttft_p50_s
 
@@ -86,6 +92,7 @@ class Report:
 
         return {
             "reuse_of_ideal": self._worst(min, lambda workers, _: self.reuse(workers, "kv"), "kv"),
+            "reuse_of_sticky": self._worst(min, lambda workers, _: self.reuse_of_sticky(workers, "kv"), "kv"),
             "ttft_p50_vs_round_robin": self._worst(max, ttft, "kv", "round-robin"),
             "load_spread": self._worst(max, spread, "kv", "least-loaded"),
             "decision_p99_ms": self._worst(max, decision, "kv"),
@@ -102,11 +109,16 @@ class Report:
             "fleets": {
                 str(workers): {
                     "trace": asdict(self.traces[workers]), "load": self.loads[workers],
-                    "modes": {mode: {"reuse_of_ideal": self.reuse(workers, mode), **asdict(outcome)} for mode, outcome in outcomes.items()},
+                    "sticky_hit": self.sticky[workers],
+                    "modes": {mode: self._figures(workers, mode) for mode in outcomes},
                 } for workers, outcomes in self.results.items()
             },
             **self.headline(),
         }
+
+    def _figures(self, workers: int, mode: str) -> dict[str, Any]:
+        return {"reuse_of_ideal": self.reuse(workers, mode), "reuse_of_sticky": self.reuse_of_sticky(workers, mode),
+                **asdict(self.results[workers][mode])}
 
     def to_text(self) -> str:
         """Tables and the headline."""
@@ -114,8 +126,8 @@ class Report:
         for workers, outcomes in self.results.items():
             lines += ["", _describe(workers, self.loads[workers], self.traces[workers])]
             lines.append(f"{'mode':<13}" + "".join(f"{column:>20}" for column in _COLUMNS))
-            for mode, outcome in outcomes.items():
-                figures = {"reuse_of_ideal": self.reuse(workers, mode), **asdict(outcome)}
+            for mode in outcomes:
+                figures = self._figures(workers, mode)
                 lines.append(f"{mode:<13}" + "".join(f"{figures[column]:>20.3f}" for column in _COLUMNS))
         lines += ["", *(f"{name}: {value}" for name, value in self.headline().items())]
         return "\n".join(lines)
@@ -147,6 +159,7 @@ def _measure(workers: int, chosen: Options, report: Report) -> None:
     engine = EngineSettings(block_size=chosen.block_size, total_blocks=_CACHE_TOKENS // chosen.block_size)
     trace = make_trace(workers, chosen, timing)
     report.traces[workers], report.loads[workers] = statistics(trace), load_of(trace, workers, timing)
+    report.sticky[workers] = sum(sticky_hits(trace, workers)) / sum(item.input_length for item in trace)
     _warm_up(trace, engine, timing)
     for mode in chosen.modes:
         settings = MODES[mode]

@@ -179,6 +179,36 @@ def ideal_hits(trace: Sequence[TraceRequest]) -> list[int]:
     return hits
 
 
+_BRANCHES = 3
+"""A conversation's own prefix ends in as many ways at most: a turn's last, partial block and what the next turn has in its place."""
+
+
+def sticky_hits(trace: Sequence[TraceRequest], workers: int) -> list[int]:
+    """As `ideal_hits`, over so many boundless caches, where each conversation stays on the worker that it began on (the one with the
+    least to compute until then): what a fleet can have that shares its load. What conversations share is computed on each worker."""
+    shared = _shared_blocks(trace)
+    known: list[set[int]] = [set() for _ in range(workers)]
+    computed, homes, hits = [0] * workers, dict[int, int](), []
+    for item in trace:
+        begin = max((index + 1 for index, content in enumerate(item.hash_ids) if content in shared), default=0)
+        conversation = item.hash_ids[min(begin, len(item.hash_ids) - 1)]
+        home = homes.setdefault(conversation, min(range(workers), key=computed.__getitem__))
+        depth = next((depth for depth, content in enumerate(item.hash_ids) if content not in known[home]), len(item.hash_ids))
+        hits.append(min(depth * BLOCK_TOKENS, item.input_length - 1))
+        computed[home] += item.input_length - hits[-1]
+        known[home].update(item.hash_ids)
+    return hits
+
+
+def _shared_blocks(trace: Sequence[TraceRequest]) -> set[int]:
+    """The last blocks of prefixes that several conversations share: those from which many ways lead on."""
+    following: dict[int, set[int]] = {}
+    for item in trace:
+        for content, after in itertools.pairwise(item.hash_ids):
+            following.setdefault(content, set()).add(after)
+    return {content for content, after in following.items() if len(after) > _BRANCHES}
+
+
 def statistics(trace: Sequence[TraceRequest]) -> Statistics:
     """Measures a trace."""
     inputs = [item.input_length for item in trace]

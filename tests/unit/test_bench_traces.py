@@ -9,7 +9,7 @@ import pytest
 from benchmarks import route_trace
 from benchmarks.errors import BenchmarkError
 from benchmarks.routing import MODES, Replay, at_rate, load_of
-from benchmarks.traces import MAX_INPUT, SHAPES, TraceRequest, generate, ideal_hits, read, statistics, tokens_of, write
+from benchmarks.traces import MAX_INPUT, SHAPES, TraceRequest, generate, ideal_hits, read, statistics, sticky_hits, tokens_of, write
 
 from tandem_worker.mock.settings import EngineSettings
 from tandem_worker.mock.timing import StepTiming
@@ -62,6 +62,15 @@ def test_a_file_is_read_back_in_part_and_a_wrong_one_is_refused(tmp_path: Path) 
         read(file)
 
 
+def test_conversations_that_stay_share_only_what_their_worker_has() -> None:
+    """Four begin with one block, two on each of two workers, and one of them comes back to where it was."""
+    first = [TraceRequest(float(own), 1024, 1, [0, own]) for own in (1, 2, 3, 4)]
+    trace = [*first, TraceRequest(9.0, 1536, 1, [0, 1, 5])]
+    assert ideal_hits(trace) == [0, 512, 512, 512, 1024]
+    assert sticky_hits(trace, 2) == [0, 0, 512, 512, 1024]
+    assert sticky_hits(trace, 1) == ideal_hits(trace)
+
+
 def test_one_engine_with_a_boundless_cache_reaches_the_ideal_exactly() -> None:
     trace = generate(SHAPES["synthetic"], 60, 1.0, 3)
     outcome = Replay(MODES["kv"], 1, replace(ENGINE, total_blocks=100_000), StepTiming(speedup=1000)).run(trace)
@@ -95,7 +104,7 @@ def test_the_command_reports_its_keys_and_a_missing_trace(capsys: pytest.Capture
     arguments = ["--workers", "2", "--requests", "40", "--modes", "kv", "round-robin", "least-loaded"]
     assert route_trace.main([*arguments, "--json"]) == 0
     printed = capsys.readouterr().out
-    for key in ("reuse_of_ideal", "ttft_p50_vs_round_robin", "load_spread", "decision_p99_ms", "ideal_hit"):
+    for key in ("reuse_of_ideal", "reuse_of_sticky", "ttft_p50_vs_round_robin", "load_spread", "decision_p99_ms", "ideal_hit"):
         assert f'"{key}": ' in printed
     assert route_trace.main([*arguments, "--trace", str(tmp_path / "none")]) == 2
     assert "is not a Mooncake trace" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost, term by term."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tandem_router.config import RouterSettings
+from tandem_router.config import PREFILL_LOAD_SCALE, RouterSettings
 from tandem_router.cost import Costs, Loads, Prompt, Weights, costs, explain
 
 
@@ -60,7 +62,15 @@ def test_credit_decays_with_the_excess_backlog() -> None:
 def test_without_tracking_prefill_stands_for_decode() -> None:
     """Rounded down, as in the parity list; also the weights come from the settings."""
     weights = Weights.of(RouterSettings(router_track_active_blocks=False))
-    assert total(weights, loads([0], [99], [1]), prompt(40, [[0], [0], [0]])) == [8 * 2.5 + 2]
+    assert total(weights, loads([0], [99], [1]), prompt(40, [[0], [0], [0]])) == [PREFILL_LOAD_SCALE * 2.5 + 2]
+
+
+def test_what_is_only_believed_is_worth_the_work_it_saves_at_most() -> None:
+    """Of ten hits four are not confirmed: with a credit of 2 they count once, with one of 0.5 like the others."""
+    request = replace(prompt(480, [[10], [0], [0]]), believed=np.array([4], np.int32))
+    load = loads([0], [0], [0])
+    assert costs(Weights(overlap_credit=2.0), load, request).adjusted_prefill_blocks == [30 - 2 * 6 - 4]
+    assert costs(Weights(overlap_credit=0.5), load, request).adjusted_prefill_blocks == [30 - 0.5 * 10]
 
 
 def test_terms_explain_the_cost() -> None:

@@ -86,6 +86,12 @@ def test_a_burst_spreads_once_the_load_term_says_so() -> None:
     assert max(counts.values()) - min(counts.values()) <= 20
 
 
+def test_a_burst_of_one_prompt_spreads_though_hits_are_worth_more_than_the_work_they_save() -> None:
+    """What a worker was sent but has not reported counts as the work saved at most: a long prompt's burst takes every worker."""
+    placed = placement(workers(4), router_kv_overlap_score_credit=5.0)
+    assert len(Counter(chosen(placed, *[request(own=2000)] * 8))) == 4
+
+
 def test_predictions_end_after_their_time() -> None:
     """If no event has come in two seconds, it was no hit."""
     clock = Clock()
@@ -300,15 +306,16 @@ def test_a_free_rank_takes_what_its_busy_neighbour_cannot() -> None:
 
 def test_peek_changes_nothing_and_explains() -> None:
     """The same decision again and again, each term of each candidate told."""
-    placed = placement(workers(3), FakeIndex({"w1": (4, 3, 2)}))
+    placed = placement(workers(3), FakeIndex({"w1": (2, 3, 2)}))
     before = placed.loads()
     decisions = [placed.peek(request()) for _ in range(3)]
     assert {decision.worker.id for decision in decisions} == {"w1"}
     assert placed.loads() == before
     terms = {term.worker_id: term for term in decisions[0].terms}
     assert [terms[name].chosen for name in ("w0", "w1", "w2")] == [False, True, False]
-    assert terms["w1"].adjusted_prefill_blocks == pytest.approx(161 / 16 - 4 - 0.75 * 3 - 0.25 * 2)
-    assert (terms["w1"].decode_blocks, terms["w1"].hits) == (11, (4, 3, 2))
+    credit = RouterSettings().router_kv_overlap_score_credit
+    assert terms["w1"].adjusted_prefill_blocks == pytest.approx(161 / 16 - credit * 2 - 0.75 * 3 - 0.25 * 2)
+    assert (terms["w1"].decode_blocks, terms["w1"].hits) == (11, (2, 3, 2))
     assert placed.choose(request()).terms == ()
 
 

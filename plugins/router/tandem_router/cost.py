@@ -2,12 +2,15 @@
 """What a request would cost on each worker, in blocks; lower is better.
 
     credit    = overlap_credit / (1 + credit_decay x excess_prefill)
-    adjusted  = max(0, prefill_blocks - credit x device_hits - host_weight x host_hits - disk_weight x disk_hits)
+    saved     = credit x device_hits + min(credit, 1) x believed + host_weight x host_hits + disk_weight x disk_hits
+    adjusted  = max(0, prefill_blocks - saved)
     cost      = prefill_load_scale x adjusted + decode_blocks + active_request_weight x active_requests
 
 `prefill_blocks` are those waiting on the worker plus the request's own, before hits; `excess_prefill` is what waits there beyond
 the candidate with the shortest backlog, in lengths of this prompt (1: waiting takes as long as computing the prompt afresh);
-`decode_blocks` are the unique blocks in flight with the request added. The terms are those of Dynamo's router-design page.
+`decode_blocks` are the unique blocks in flight with the request added. `believed` are blocks that a worker was sent, but hasn't
+reported: a credit above 1 keeps conversations where they are, and would keep a burst of one prompt together for want of anything else.
+The terms are those of Dynamo's router-design page, but for `believed`, which count as other hits there.
 """
 
 from collections.abc import Sequence
@@ -71,6 +74,8 @@ class Prompt:
     """Leading blocks per tier (device, host, storage) and candidate, shape (3, n)."""
     shared: NDArray[np.int32]
     """Leading blocks that requests in flight on the candidate hold already, shape (n,)."""
+    believed: NDArray[np.int32] | int = 0
+    """Hits on the device that no event has confirmed, shape (n,), contained in `hits`."""
 
     @property
     def blocks(self) -> int:
@@ -111,7 +116,8 @@ def costs(weights: Weights, loads: Loads, prompt: Prompt) -> Costs:
     prefill_blocks = (loads.prefill_tokens + prompt.isl) / prompt.block_size
     credit = _credit(weights, loads, prompt)
     device, host, disk = prompt.hits
-    adjusted = np.maximum(prefill_blocks - credit * device - weights.host * host - weights.disk * disk, 0.0)
+    saved = credit * (device - prompt.believed) + np.minimum(credit, 1.0) * prompt.believed + weights.host * host + weights.disk * disk
+    adjusted = np.maximum(prefill_blocks - saved, 0.0)
     # Untracked, the prefill blocks stand for the decode load (parity with Dynamo's router).
     decode = loads.blocks + (prompt.blocks - prompt.shared) if weights.track_active_blocks else np.floor(adjusted)
     total = weights.prefill_load_scale * adjusted + decode + weights.active_request * loads.requests

@@ -165,20 +165,20 @@ class Placement:
         positions = self._eligible(request)
         columns = self._pool.columns[positions]
         loads = self.books.loads(columns)
-        hits = self._hits(request.keys, positions)
-        prompt = Prompt(request.isl, self._block_size, hits, self.books.shared(request.keys, columns))
+        hits, believed = self._hits(request.keys, positions)
+        prompt = Prompt(request.isl, self._block_size, hits, self.books.shared(request.keys, columns), believed)
         return _Candidates(positions, loads, hits, costs(self._weights_for(request), loads, prompt))
 
-    def _hits(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Hits per tier, shape (3, candidates); what is only believed counts as on the device."""
-        if not len(keys):
-            return np.zeros((3, len(positions)), np.int32)
-        believed = self.beliefs.match(keys, self._pool.columns[positions])
+    def _hits(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Hits per tier, shape (3, candidates), and those on the device that are only believed, shape (candidates,)."""
         hits = np.zeros((3, len(positions)), np.int32)
+        if not len(keys):
+            return hits, hits[0]
         if self._settings.kv_events:
             hits = self._index.match(keys).blocks[:, self._pool.slots[positions]]
-        hits[0] += np.maximum(believed - hits.sum(axis=0, dtype=np.int32), 0)
-        return hits
+        believed = np.maximum(self.beliefs.match(keys, self._pool.columns[positions]) - hits.sum(axis=0, dtype=np.int32), 0)
+        hits[0] += believed
+        return hits, believed
 
     def _weights_for(self, request: RouteRequest) -> Weights:
         if request.overlap_weight is None:
