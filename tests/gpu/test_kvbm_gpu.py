@@ -111,15 +111,15 @@ class TestPageableMemory(OnTheGpu):
         monkeypatch.setattr(gpu_worker, "pin_mmap_region", lambda region: None)
 
 
-class TestAutomaticChoice(OnTheGpu):
-    """As it comes: both ways are tried at start, and one of them serves; the trial changes nothing."""
+class TestAutomaticChoice(WithRigs):
+    """As it comes: both ways are tried at start, over host memory that nobody uses yet, and the faster one serves."""
 
-    method, way = "auto", ""
-    pages = (65_536, 32_768, 32_768)
+    device = "cuda"
+    shape = Shape(pages=(65_536, 32_768, 32_768))
 
-    def test_copies_go_this_way(self, ways: Counter[str], make: Make, shape: Shape) -> None:
+    def test_one_of_both_serves(self, ways: Counter[str], make: Make) -> None:
         """Which one is the machine's matter."""
-        rig = make(shape)
+        rig = make(self.shape)
         assert ways == dict.fromkeys(("dma", "kernel"), 2 * (cuda_copies._REPEATS + 1)), "two directions"
         before = rig.device()
         rig.store([[0], []], [0])
@@ -127,12 +127,11 @@ class TestAutomaticChoice(OnTheGpu):
         assert ways.total() == 4 * (cuda_copies._REPEATS + 1) + 2
         assert (rig.device()[0][1] == before[0][0]).all()
 
-    def test_the_trial_leaves_the_cache_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_trial_leaves_the_cache_as_it_was(self) -> None:
         """Blocks go to the host tier and come back to where they were."""
-        shape = Shape(pages=self.pages)
-        caches = random_caches(shape, "cuda")
+        caches = random_caches(self.shape, self.device)
         before = [cache.tensor.clone() for cache in caches.tensors]
-        with closing(Rig(shape, caches)):
+        with closing(Rig(self.shape, caches)):
             for cache, was in zip(caches.tensors, before, strict=True):
                 assert torch.equal(cache.tensor, was)
 
@@ -194,13 +193,16 @@ class TestStreams(WithRigs):
         assert share < 0.5 or (page < MIB and method == "dma")
 
     def test_the_engines_stream_goes_on_while_blocks_are_copied(self, make: Make) -> None:
-        """A computation that is submitted after a copy ends before it."""
+        """A computation that is submitted after a copy ends before it. (A small copy to the host may well wait behind the blocks.)"""
         rig = make(Shape(pages=(4 * MIB,), groups=((0,),), blocks=128, chunks=128))
         rig.store([list(range(128))], range(128))
-        one = torch.ones(1, device="cuda")
+        one, computed = torch.ones(1, device="cuda"), torch.cuda.Event()
+        one.add_(one)  # its kernel is loaded now, which waits for everything
         torch.cuda.synchronize()
         rig.submit([list(range(128))], range(128), store=True)
-        (one + one).cpu()
+        one.add_(one)
+        computed.record()
+        computed.synchronize()
         assert rig.worker.get_finished() == []
         results: list[Any] = []
         wait_for(lambda: bool(results.extend(rig.worker.get_finished()) or results), WAIT_S, "the copy's event")
