@@ -39,8 +39,9 @@ class Pages(NamedTuple):
     sizes: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["pages"])  # type: ignore[untyped-decorator,unused-ignore]
-def _move_pages(sources: Any, targets: Any, sizes: Any, pages: Any, WORDS: tl.constexpr) -> None:
+# Without annotations, since Triton compiles those of the arguments, too.
+@triton.jit(do_not_specialize=["pages"])
+def _move_pages(sources, targets, sizes, pages, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     offsets = tl.arange(0, WORDS)
     for page in range(tl.program_id(0), pages, tl.num_programs(0)):
         source = tl.load(sources + page).to(tl.pointer_type(tl.int64))
