@@ -40,7 +40,7 @@ class Pages(NamedTuple):
 
 
 # Without annotations, since Triton compiles those of the arguments, too.
-@triton.jit(do_not_specialize=["pages"])
+@triton.jit(do_not_specialize=["pages"])  # type: ignore[untyped-decorator]
 def _move_pages(sources, targets, sizes, pages, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     offsets = tl.arange(0, WORDS)
     for page in range(tl.program_id(0), pages, tl.num_programs(0)):
