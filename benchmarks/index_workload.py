@@ -3,6 +3,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from tandem_protocol.kv_events import BlockStored, encode
 
 BLOCK_SIZE = 16
 EVENT_BLOCKS = 256
-"""Blocks per event: 4,096 tokens, a usual prefill chunk."""
+"""Blocks per event unless told otherwise: 4,096 tokens, a usual prefill chunk."""
 PROMPT_BLOCKS = 8000
 SHARED_BLOCKS = 32
 """Every prompt begins with the same system prompt."""
@@ -69,17 +70,28 @@ def _prompt(rng: np.random.Generator, shared: NDArray[np.uint32], shared_hashes:
     return Prompt(tokens, hashes, hash_blocks(tokens, BLOCK_SIZE), compute_block_hash_for_seq(tokens.tolist(), BLOCK_SIZE))
 
 
-def make_workload(prompts: list[Prompt], workers: int) -> Workload:
-    """Every prompt is held whole by one worker, to a half by a second, and to an eighth by two more."""
+def make_workload(prompts: list[Prompt], workers: int, event_blocks: int = EVENT_BLOCKS) -> Workload:
+    """Every prompt is held whole by one worker, to a half by a second, and to an eighth by two more; their events come mixed."""
     events, radix = [], []
+    for worker, prompt, piece in _mixed(prompts, workers, event_blocks):
+        events.append((worker, _event(prompt, piece)))
+        radix.append((worker, _radix_event(prompt, piece, len(radix))))
+    return Workload(workers, prompts, events, [(worker, encode([event])) for worker, event in events], radix)
+
+
+def _mixed(prompts: list[Prompt], workers: int, event_blocks: int) -> Iterator[tuple[int, Prompt, slice]]:
+    """All pieces in a random order in which each copy of a prompt keeps its own."""
+    copies = []
     for number, prompt in enumerate(prompts):
         for copy, share in enumerate((1, 2, 8, 8)):
-            worker = (number + copy * (workers // 4 + 1)) % workers
-            for begin in range(0, PROMPT_BLOCKS // share, EVENT_BLOCKS):
-                piece = slice(begin, min(begin + EVENT_BLOCKS, PROMPT_BLOCKS // share))
-                events.append((worker, _event(prompt, piece)))
-                radix.append((worker, _radix_event(prompt, piece, len(radix))))
-    return Workload(workers, prompts, events, [(worker, encode([event])) for worker, event in events], radix)
+            blocks = PROMPT_BLOCKS // share
+            pieces = [slice(begin, min(begin + event_blocks, blocks)) for begin in range(0, blocks, event_blocks)]
+            copies.append(((number + copy * (workers // 4 + 1)) % workers, prompt, pieces))
+    turns = np.repeat(np.arange(len(copies)), [len(pieces) for _, _, pieces in copies])
+    streams = [iter(pieces) for _, _, pieces in copies]
+    for turn in np.random.default_rng(0).permutation(turns).tolist():
+        worker, prompt, _ = copies[turn]
+        yield worker, prompt, next(streams[turn])
 
 
 def _event(prompt: Prompt, piece: slice) -> BlockStored:

@@ -275,3 +275,18 @@ def test_matching_while_events_come_in() -> None:
     assert not reader.is_alive()
     assert seen == sorted(seen)
     assert prefix(index, slot, keys) == [500, 0, 0]
+
+
+def test_an_event_of_many_pieces_is_one_event() -> None:
+    """Beyond the bound its blocks are refused, those that are there stay, and without its parent it waits as a whole."""
+    numbers = np.arange(1, 3001)
+    tokens = np.repeat(numbers, SIZE).astype(np.uint32)
+    whole = stored(0, 3000, hashes=numbers.astype(np.uint64), tokens=tokens)
+    index = KvIndex(max_blocks=2500)
+    index.add_worker("a", 0, SIZE)
+    assert index.apply(0, stored(0, 3000, parent=9_999, hashes=whole.hashes, tokens=tokens)) == ApplyResult(orphans=3000)
+    assert index.apply(0, whole) == ApplyResult(stored=2500, refused=500)
+    assert index.apply(0, whole) == ApplyResult(refused=500)
+    assert prefix(index, keys=hash_blocks(tokens, SIZE)) == [2500, 0, 0]
+    assert index.apply(0, BlockRemoved(hashes=whole.hashes)).removed == 2500
+    assert index.stats().size_bytes > 0 == index.stats().blocks

@@ -9,7 +9,7 @@ of a sequence behind one another: a lookup mostly reads on where it is.
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem_protocol.compiled import Int, compiled, inlined, trailing_zeros, words_at
+from tandem_protocol.compiled import Int, compiled, inlined, prefetch, trailing_zeros, words_at
 from tandem_router.places import (
     TOP,
     WORDS,
@@ -38,7 +38,9 @@ _FAR = 24
 _NEAR = 12
 """How many blocks ahead of one that isn't behind its predecessor a lookup asks for places and for rows: about a memory latency each."""
 _STRIDE = 8
-"""Blocks that are compared without a branch."""
+"""Blocks that are compared without a branch: their rows are two cache lines."""
+_LEAD = 64
+"""How many rows ahead of those that are compared the processor is asked for: it doesn't look beyond a page by itself."""
 
 
 def empty(blocks: int, words: int, planes: int) -> Table:
@@ -147,9 +149,12 @@ def _next_row(places: Places, rows: Rows, keys: NDArray[np.uint64], index: Int, 
 def _same(rows: Rows, row: Int, keys: NDArray[np.uint64], index: Int, mask: Int) -> Int:
     """How many blocks from `index` on are those of the rows from `row` on, and are held by all of `mask`. One tier, one word."""
     end = min(np.int64(len(keys)) - np.int64(index), np.int64(len(rows)) - np.int64(row))
-    count = 0
+    count, line = 0, np.uint64(rows.ctypes.data) + np.uint64(16) * (row + np.uint64(_LEAD))
     while count + _STRIDE <= end:
         wrong = _ZERO
+        prefetch(line)
+        prefetch(line + np.uint64(64))
+        line += np.uint64(16 * _STRIDE)
         for step in range(count, count + _STRIDE):
             wrong |= (rows[np.int64(row) + step, 0] ^ keys[index + step]) | (~rows[np.int64(row) + step, 1] & mask)
         if wrong != _ZERO:
