@@ -23,6 +23,12 @@ def test_pages_of_no_whole_words_are_the_drivers(pages: list[int]) -> None:
     assert cuda_copies.kernel_words(pages) is None
 
 
+@pytest.mark.parametrize(("words", "programs"), [(2048, 16), (1024, 32), (512, 64), (1, 64)])
+def test_small_pages_get_more_programs(words: int, programs: int) -> None:
+    """What is on its way matters, up to a bound: the GPU has other work."""
+    assert cuda_copies.programs(words) == programs
+
+
 def test_trial_pages_lie_where_their_tensors_say() -> None:
     """Row by row at both ends, each with its own stride, no page larger than the smaller row."""
     device = [torch.zeros((5, 16), dtype=torch.int8), torch.zeros((5, 8), dtype=torch.int8)]

@@ -18,8 +18,10 @@ from vllm.triton_utils import HAS_TRITON, tl, triton
 
 log = logging.getLogger(__name__)
 
-PROGRAMS: Final = 16
-"""Blocks of the kernel in flight: 12 filled a link of PCIe 5 in both directions on an H200, and more did not go faster."""
+IN_FLIGHT_BYTES: Final = 256 << 10
+"""Read at once by all programs of the kernel: at 12 times 16 KiB a link of PCIe 5 was full in both directions on an H200, and at 16 times
+4 KiB it was at half for reads of host memory, whose latency must be covered."""
+MOST_PROGRAMS: Final = 64
 WARPS: Final = 8
 MOST_WORDS: Final = 2048
 """64-bit words that one program moves at once."""
@@ -60,9 +62,14 @@ def kernel_copy(words: int) -> Copy:
         del is_src_access_order_any  # the driver's matter
         pages = len(sources)
         device = [tensor.to("cuda", non_blocking=True) for tensor in (sources, targets, sizes)]
-        _move_pages[(min(PROGRAMS, pages),)](*device, pages, WORDS=words, num_warps=WARPS)
+        _move_pages[(min(programs(words), pages),)](*device, pages, WORDS=words, num_warps=WARPS)
 
     return copy
+
+
+def programs(words: int) -> int:
+    """How many programs, of `words` 64-bit words each, keep the link busy without taking more of the GPU than that."""
+    return min(MOST_PROGRAMS, max(1, IN_FLIGHT_BYTES // (8 * words)))
 
 
 def choose_copies(worker: Any, method: str) -> None:
