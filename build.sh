@@ -77,7 +77,7 @@ ensure_benchmarks() {
 test_all() {
   local select=(-m "not slow and not gpu")
   if [ "${1:-}" = --full ]; then shift; select=(-m "not gpu"); export TANDEM_TEST_FREED_WITHIN_S="${TANDEM_TEST_FREED_WITHIN_S:-1}"; fi
-  "$env/bin/python" -m pytest "${select[@]}" "$@"
+  "$env/bin/python" -m pytest --durations=25 --durations-min=5 "${select[@]}" "$@"
 }
 
 _main() {
