@@ -171,6 +171,34 @@ def test_two_engines_sit_apart_and_a_restarted_one_where_it_sat(opened: Open) ->
     assert again._seat.folder == second._seat.folder
 
 
+def test_folders_that_nobody_used_for_long_are_swept(opened: Open, tmp_path: Path) -> None:
+    """Another model's, and an engine's that isn't started again; not those in use, used lately, or shared."""
+    names = ("old", "used", "shared", "late")
+    old, used, shared, other = (opened(layout=replace(LAYOUT, model=name), shared=name == "shared")[0] for name in names)
+    for store in (old, used, shared, other):
+        put(store, 1)
+    for store in (old, shared, other):
+        store.close()
+    for store in (old, used, shared):
+        folder = store._seat.folder
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (0, 0))
+    mine, _ = opened(forget_s=86_400.0)
+    assert sorted(path.name.split("_")[0] for path in (tmp_path / "tandem-kv").iterdir()) == ["late", "org", "shared", "used"]
+    assert get(used, 1) == block_of(1)
+    put(mine, 1)
+    assert list(opened(layout=replace(LAYOUT, model="late"))[1]) == [key_of(1)]
+
+
+def test_a_sweep_that_was_killed_is_ended_by_the_next(opened: Open, tmp_path: Path) -> None:
+    """What it had renamed is of no use to anybody."""
+    store, _ = opened()
+    left = store._seat.folder.with_name(".gone-0")
+    (left / "00").mkdir(parents=True)
+    opened(forget_s=86_400.0)
+    assert not left.exists()
+
+
 def test_a_shared_folder_shows_what_others_wrote(opened: Open) -> None:
     first, _ = opened(shared=True)
     second, _ = opened(shared=True)

@@ -96,6 +96,10 @@ class KvbmSettings:
         env="TANDEM_KVBM_DISK_FDATASYNC", default=False, parse=parse_bool,
         help="Wait until each block is on the medium. Off: what a power cut tears is told by its checksum, and waiting slows every write.",
     )
+    disk_forget_days: float = setting(
+        env="TANDEM_KVBM_DISK_FORGET_DAYS", default=0.0, parse=parse_float(0, 3650), unit="days",
+        help="At start, remove folders of other models, layouts and engines in the same place that nobody used for so long. 0: never.",
+    )
     disable_disk_offload_filter: bool = setting(
         env="DYN_KVBM_DISABLE_DISK_OFFLOAD_FILTER", default=False, parse=parse_bool,
         help="Write every block to the disk tier. Off: only blocks seen twice, since most prompts never come back and disks wear.",

@@ -7,6 +7,7 @@ from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.sizing import TierPlan
 
 TierConfig = dict[str, Any]
+_DAY_S = 86_400
 
 
 def secondary_tiers(settings: KvbmSettings, plan: TierPlan | None) -> list[TierConfig]:
@@ -28,6 +29,7 @@ def _disk(settings: KvbmSettings, plan: TierPlan | None) -> TierConfig:
         "policy": settings.disk_policy,
         "shared": settings.disk_shared,
         "fdatasync": settings.disk_fdatasync,
+        "forget_s": settings.disk_forget_days * _DAY_S,
         "admission_filter": not settings.disable_disk_offload_filter and settings.has_host,
     }
 

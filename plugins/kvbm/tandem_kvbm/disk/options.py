@@ -21,6 +21,8 @@ class DiskOptions:
     waiting would make every write slower to save some of them."""
     shared: bool = False
     """One folder for all engines of this model and layout, which then find each other's blocks."""
+    forget_s: float = 0.0
+    """At the start, remove other engines' folders that nobody has used for so long; 0: never."""
     policy: str = "lru"
     """What is given up first: lru or tinylfu."""
     rescan_s: float = 30.0
@@ -38,3 +40,5 @@ class DiskOptions:
         for name in ("quota_bytes", "rescan_s", "failures", "backoff_s", "backoff_max_s", "full_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"disk tier: {name} must be positive, not {getattr(self, name)}")
+        if self.forget_s < 0:
+            raise ConfigError("disk tier: forget_s must not be negative; 0 removes nothing")

@@ -6,6 +6,7 @@ where it sat before and finds its blocks. The kernel drops the lock with the pro
 whoever holds its lock is the one who evicts.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -16,10 +17,11 @@ from tandem_kvbm.layout import Layout
 from tandem_protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
-_ROOT = "tandem-kv"
-_SHARED = "shared"
+ROOT = "tandem-kv"
+"""Of all engines in a folder."""
+SHARED = "shared"
 _LOCK = "lock"
-_LAYOUT = "layout.json"
+LAYOUT = "layout.json"
 _MOST_SEATS = 256
 
 
@@ -53,19 +55,21 @@ class Seat:
     def leave(self) -> None:
         """A second call does nothing."""
         if self._lock_fd is not None:
+            with suppress(OSError):
+                os.utime(self._lock_fd)  # when it was last used, for sweeps
             os.close(self._lock_fd)
             self._lock_fd = None
 
 
 def take_seat(folder: str, layout: Layout, *, shared: bool, first: int = 0) -> Seat:
     """The shared seat, or the first free one from number `first` on. Raises ConfigError if the folder can't be used."""
-    home = Path(folder) / _ROOT / layout.folder
+    home = Path(folder) / ROOT / layout.folder
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not shared and home.stat().st_uid != os.geteuid():
             raise ConfigError(f"disk tier: {home} belongs to another user; set DYN_KVBM_DISK_CACHE_DIR to a folder of yours")
-        (home / _LAYOUT).write_text(layout.as_json())
-        seat = _sit(home / _SHARED) if shared else _first_free(home, first)
+        (home / LAYOUT).write_text(layout.as_json())
+        seat = sit(home / SHARED) if shared else _first_free(home, first)
     except OSError as exc:
         raise ConfigError(f"disk tier: can't write to {home}: {exc.strerror}; set DYN_KVBM_DISK_CACHE_DIR to another folder") from exc
     _tell_of_others(home)
@@ -74,24 +78,38 @@ def take_seat(folder: str, layout: Layout, *, shared: bool, first: int = 0) -> S
 
 def _first_free(home: Path, first: int) -> Seat:
     for number in range(_MOST_SEATS):
-        seat = _sit(home / f"seat-{(first + number) % _MOST_SEATS}")
+        seat = sit(home / f"seat-{(first + number) % _MOST_SEATS}")
         if seat.is_owner:
             return seat
     raise ConfigError(f"disk tier: all {_MOST_SEATS} seats of {home} are taken; give some engines another DYN_KVBM_DISK_CACHE_DIR")
 
 
-def _sit(folder: Path) -> Seat:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return Seat(folder, _lock(folder))
+def sit(folder: Path) -> Seat:
+    """The seat with its lock, if that is free. Raises OSError."""
+    for last in (False, True):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            return Seat(folder, _lock(folder))
+        except FileNotFoundError:  # swept in this moment
+            if last:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _lock(folder: Path) -> int | None:
     fd = os.open(folder / _LOCK, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    with suppress(BlockingIOError):
+    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
-    os.close(fd)
-    return None
+        if os.fstat(fd).st_ino != (folder / _LOCK).stat().st_ino:
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed and made anew", str(folder))
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        os.close(fd)
+        raise
+    os.utime(fd)
+    return fd
 
 
 def _tell_of_others(home: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from tandem_kvbm.blob import CorruptBlockError, check_footer, make_footer
@@ -18,7 +19,8 @@ from tandem_kvbm.breaker import Breaker
 from tandem_kvbm.disk.files import BlockFiles
 from tandem_kvbm.disk.index import Index
 from tandem_kvbm.disk.options import DiskOptions
-from tandem_kvbm.disk.seat import Seat, take_seat
+from tandem_kvbm.disk.seat import ROOT, Seat, take_seat
+from tandem_kvbm.disk.sweep import sweep
 from tandem_kvbm.layout import Layout
 from tandem_kvbm.store import BlockStore, MissingBlockError, StoreStats, StoreUnavailableError, Written
 from tandem_protocol.errors import ConfigError
@@ -45,6 +47,8 @@ class DiskStore(BlockStore):
         """Takes a seat and lists it: some seconds for a million blocks."""
         options = self._options
         self._seat = take_seat(options.folder, self._layout, shared=options.shared, first=self._first_seat)
+        if options.forget_s:
+            sweep(Path(options.folder) / ROOT, options.forget_s, time.time())
         try:
             return self._take_over()
         except OSError as exc:
