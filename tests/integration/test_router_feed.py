@@ -473,3 +473,23 @@ def test_an_endpoint_of_the_wrong_form_is_refused(stage: _Stage) -> None:
     assert feed.state() == ()
     feed.close()
     feed.close()
+
+
+def test_an_idle_feed_wakes_for_its_ticks_only() -> None:
+    """It shares the interpreter with the token streams. Its clock is read once before and once in each round."""
+    readings: list[float] = []
+    enough = threading.Event()
+
+    def clock() -> float:
+        readings.append(time.monotonic())
+        if readings[-1] - readings[0] > 1:
+            enough.set()
+        return readings[-1]
+
+    feed = EventFeed(_NaiveIndex(), clock=clock)
+    feed.start()
+    try:
+        assert enough.wait(_WAIT_S)
+    finally:
+        feed.close()
+    assert len(readings) < 100, "20 ticks in a second"

@@ -8,6 +8,7 @@ a deadline, so an event loop calls them through `asyncio.to_thread`.
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -183,7 +184,8 @@ class EventFeed:
         if watched != self._watched:
             self._watch(watched)
         wait_s = max(0.0, self._next_tick_s - self._clock())
-        ready = {socket for socket, _ in self._poller.poll(int(min(wait_s, _TICK_S) * 1000))}
+        # Rounded up: rounded down, the last millisecond before each tick is spent polling without a wait.
+        ready = {socket for socket, _ in self._poller.poll(math.ceil(min(wait_s, _TICK_S) * 1000))}
         if self._bell in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
