@@ -180,9 +180,10 @@ def _match_plain(state: State, keys: NDArray[np.uint64], blocks: NDArray[np.int3
     row = _next_row(places, rows, keys, 0, spare(rows))
     mask, index = rows[row, 1], 1
     while mask != _ZERO:
-        same = _same(rows, row + _ONE, keys, index, mask)
-        index += same
-        row += np.uint64(same)
+        if index < len(keys) and rows[row + _ONE, 0] == keys[index]:  # else this block lies elsewhere: mind the others' cache lines
+            same = _same(rows, row + _ONE, keys, index, mask)
+            index += same
+            row += np.uint64(same)
         if index == len(keys):
             _end(mask, index, blocks)
             return
