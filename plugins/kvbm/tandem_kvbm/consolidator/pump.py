@@ -6,6 +6,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -169,7 +170,7 @@ class Pump:
         if versions != self._watched:
             self._watch(versions)
         wait_s = 0.0 if self._outlet.busy else min(_TICK_S, max(0.0, self._next_tick_s - self._clock()))
-        ready: set[object] = {socket for socket, _ in self._poller.poll(int(wait_s * 1000))}
+        ready: set[object] = {socket for socket, _ in self._poller.poll(math.ceil(wait_s * 1000))}  # rounded down it would spin
         if self._bell in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
