@@ -13,6 +13,7 @@ from servers import Server, get_json, post_json, wait_for
 
 PROMPT = "The ship sailed on over the wide sea. " * 20
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+pytestmark = pytest.mark.slow
 WAIT_S = 30.0
 CALM_S = 45.0
 """Until blocks that nobody pulled are given up: their lease of 30 s."""
