@@ -142,10 +142,12 @@ def test_disk_comes_before_objects_and_the_filter_needs_a_host_tier() -> None:
 def test_settings_of_the_disk_become_its_options() -> None:
     """Each by its name: a key that the tier doesn't know would only be seen when an engine starts."""
     settings = KvbmSettings(disk_cache_override_num_blocks=9, disk_cache_dir="/disk", disk_policy="tinylfu", disk_shared=True,
-                            disk_fdatasync=True, disk_forget_days=2, disk_disable_o_direct=True, disable_disk_offload_filter=True, staging_gb=0.001)
+                            disk_fdatasync=True, disk_forget_days=2,
+                            disk_disable_o_direct=True, disable_disk_offload_filter=True, staging_gb=0.001)
     [disk] = translate({}, settings, plan_tiers(settings, PAGE))["secondary_tiers"]
     own = {name: value for name, value in disk.items() if name not in ("type", "module_path", "admission_filter")}
-    assert DiskOptions(**own) == DiskOptions("/disk", 9 * 2 * PAGE, direct_io=False, fdatasync=True, shared=True, forget_s=172_800, policy="tinylfu")
+    assert DiskOptions(**own) == DiskOptions("/disk", 9 * 2 * PAGE, direct_io=False,
+                                               fdatasync=True, shared=True, forget_s=172_800, policy="tinylfu")
 
 
 def test_vllm_gets_the_planned_number_of_blocks(made: KvbmSpec) -> None:
