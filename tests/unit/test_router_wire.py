@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests and responses on the wire are what Triton's own client sends and reads."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,16 @@ def test_a_worker_parses_the_request_that_was_sent(role: Role) -> None:
     assert (parsed.prompt, parsed.images, parsed.stream, parsed.prepend_input) == ([3, 4], (b"a", b""), False, True)
     assert (parsed.sampling, parsed.returns) == ({"top_k": 2}, FULL.returns)
     assert (message.id, message.model_name, message.parameters["timeout"].int64_param) == ("id", "vllm", 5)
+
+
+def test_the_rank_of_the_decision_travels_as_a_sampling_parameter() -> None:
+    """It stands above one that the client gave; without one of the router's, the client's stays."""
+    named = parse_request(reader(wire.request_message("vllm", FULL, rank=1)), Envelope("id", {}), Role.DECODE)
+    assert named.sampling == {"top_k": 2, "data_parallel_rank": 1}
+    asked = replace(FULL, sampling={"data_parallel_rank": 0})
+    for rank, sent in ((3, 3), (None, 0)):
+        message = wire.request_message("vllm", asked, rank=rank)
+        assert parse_request(reader(message), Envelope("id", {}), Role.DECODE).sampling == {"data_parallel_rank": sent}
 
 
 def test_a_response_is_read_back() -> None:

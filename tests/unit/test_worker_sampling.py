@@ -171,6 +171,15 @@ def test_a_worth_that_is_no_small_integer_is_refused(given: Any) -> None:
         parse_sampling({"kvbm_priority": given})
 
 
+@pytest.mark.parametrize("given", [1, "1", 1.0])
+def test_the_rank_is_the_engines_not_the_samplers(given: Any) -> None:
+    """It says where, not how, to generate."""
+    assert parse_sampling({"data_parallel_rank": given}).data_parallel_rank == 1
+    assert build({"data_parallel_rank": given}) == build({})
+    with pytest.raises(RequestError, match=r"sampling parameter data_parallel_rank=-1 is not valid"):
+        parse_sampling({"data_parallel_rank": -1})
+
+
 @pytest.mark.parametrize(("given", "n"), [({}, 1), ({"n": 3}, 3)])
 def test_number_of_sequences(given: dict[str, Any], n: int) -> None:
     """One unless asked."""

@@ -15,6 +15,8 @@ PREFILL_REQUEST: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill"
 KVBM_PRIORITY = "kvbm_priority"
 """Not the connector's: what a client's blocks are worth to the KV tiers, an integer. It travels in the same dict, the only one of a
 request's that vLLM shows to tiers."""
+DATA_PARALLEL_RANK = "data_parallel_rank"
+"""Sampling parameter: the rank of the worker that is to serve the request; the worker's own choice without it."""
 KVBM_WORTH = 100
 """The most and, negative, the least: stores keep an order of blocks per worth, and clients must not make them keep millions."""
 

@@ -154,7 +154,8 @@ class Dispatcher:
 
     async def _prefill_on(self, pool: Placement, decision: Decision, request: GenerationRequest) -> dict[str, Any]:
         worker = decision.worker
-        message = wire.request_message(worker.triton_model, replace(request, stream=False, returns=frozenset(), prepend_input=False))
+        message = wire.request_message(worker.triton_model, replace(request, stream=False, returns=frozenset(), prepend_input=False),
+                                       rank=decision.named_rank)
         try:
             answer = await self._connections.infer(worker.grpc_url, message, self._settings.prefill_timeout_s)
         except asyncio.CancelledError:
@@ -168,7 +169,7 @@ class Dispatcher:
     async def _relay(self, request: GenerationRequest, leg: Leg, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
         """Passes the worker's responses on as they come."""
         worker = leg.decision.worker
-        message = wire.request_message(worker.triton_model, request, _left_us(routed))
+        message = wire.request_message(worker.triton_model, request, _left_us(routed), leg.decision.named_rank)
         async with aclosing(self._connections.stream(worker.grpc_url, message, self._patience)) as responses:
             async for response in responses:
                 arrays = wire.response_arrays(response)

@@ -78,6 +78,11 @@ class Decision:
     terms: tuple[Terms, ...]
     """Of all candidates; only from `peek`."""
 
+    @property
+    def named_rank(self) -> int | None:
+        """The rank that the worker is to be told; None where it has one only, or where its ranks are not known."""
+        return self.dp_rank if len(self.worker.event_sources) > 1 else None
+
 
 @dataclass(frozen=True)
 class WorkerLoad:

@@ -25,10 +25,10 @@ _DTYPES: dict[str, Any] = {"FP32": np.float32, "UINT32": np.uint32, "INT32": np.
 _INPUT_TYPES = {spec.name: _WIRE_TYPES[spec.data_type] for spec in (*tensors.REQUEST_INPUTS, tensors.HANDOFF)}
 
 
-def request_message(model: str, request: GenerationRequest, timeout_us: int = 0) -> Any:
-    """The ModelInferRequest of this request; `timeout_us` is what is left of its own timeout, 0 for none."""
+def request_message(model: str, request: GenerationRequest, timeout_us: int = 0, rank: int | None = None) -> Any:
+    """The ModelInferRequest of this request; `timeout_us` is what is left of its own timeout, 0 for none, `rank` the data-parallel one."""
     message = service_pb2.ModelInferRequest(model_name=model, id=request.request_id)
-    for name, array in _inputs(request):
+    for name, array in _inputs(request, rank):
         message.inputs.add(name=name, datatype=_INPUT_TYPES[name], shape=list(array.shape))
         message.raw_input_contents.append(_raw(array))
     message.parameters["triton_enable_empty_final_response"].bool_param = True
@@ -46,7 +46,7 @@ def abort_message(model: str, request_id: str) -> Any:
     return message
 
 
-def _inputs(request: GenerationRequest) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _inputs(request: GenerationRequest, rank: int | None) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     if isinstance(request.prompt, str):
         yield tensors.TEXT_INPUT, strings(request.prompt.encode())
     else:
@@ -54,6 +54,8 @@ def _inputs(request: GenerationRequest) -> Iterator[tuple[str, npt.NDArray[Any]]
     if request.images:
         yield tensors.IMAGE, strings(*request.images)
     sampling = dict(request.sampling) | ({"priority": request.priority} if request.priority else {})
+    if rank is not None:
+        sampling[handoff.DATA_PARALLEL_RANK] = rank
     yield tensors.SAMPLING_PARAMETERS, strings(json.dumps(sampling).encode())
     yield tensors.STREAM, np.array([request.stream])
     if not request.stream:

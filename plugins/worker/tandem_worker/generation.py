@@ -84,6 +84,7 @@ class Generator:
 
     async def _run_with(self, lora: LoRARequest | None, sampling: Sampling, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
+        leg.rank = sampling.data_parallel_rank
         prompt = self._prompt(request)
         priority = request.priority or sampling.priority or DEFAULT_PRIORITY
         interval = stream_interval(active, self.load.step_s, self.settings.response_rate) if request.stream else 1
@@ -134,6 +135,8 @@ class _Leg:
         self._engine = generator.engine
         self._load = generator.load
         self._unclaimed = request.handoff
+        self.rank: int | None = None
+        """Data-parallel rank that serves it; the engine chooses if None, and refuses one that it hasn't."""
         traced = generator.engine.vllm_config.observability_config.otlp_traces_endpoint is not None
         self._trace = (request.trace or None) if traced else None  # vLLM warns about headers that it has no use for
 
@@ -142,7 +145,7 @@ class _Leg:
         """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled."""
         adding = asyncio.ensure_future(
             self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority,
-                                     trace_headers=self._trace)
+                                     trace_headers=self._trace, data_parallel_rank=self.rank)
         )
         try:
             collector = await asyncio.shield(adding)

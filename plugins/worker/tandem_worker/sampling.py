@@ -21,6 +21,7 @@ from tandem_protocol.errors import RequestError
 LORA_NAME = "lora_name"
 PRIORITY = "priority"
 _BlockPriority = Annotated[int, msgspec.Meta(ge=-handoff.KVBM_WORTH, le=handoff.KVBM_WORTH)]
+_Rank = Annotated[int, msgspec.Meta(ge=0)]
 _OWNED = frozenset({"output_kind", "stream_interval", "skip_clone", "detokenize", "extra_args", "output_text_buffer_length",
                     "prompt_logprob_token_ids", "routed_experts_prompt_start", "trace_decode_token_ids", "flat_logprobs",
                     "skip_reading_prefix_cache"})
@@ -40,6 +41,7 @@ class Sampling:
     lora_name: str | None
     priority: int | None
     kvbm_priority: int | None = None
+    data_parallel_rank: int | None = None
 
     def transfer_params(self, connectors: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """What KV connectors and tiers are told of the request: the connectors' own part, and what its blocks are worth."""
@@ -63,7 +65,7 @@ def parse_sampling(given: Mapping[str, Any]) -> Sampling:
     """Checks names and types. Raises RequestError."""
     values: dict[str, Any] = {}
     structured: dict[str, Any] = {}
-    lora_name = priority = kvbm_priority = None
+    lora_name = priority = kvbm_priority = rank = None
     for name, value in given.items():
         if value is None:
             continue  # null is "not given"
@@ -73,19 +75,22 @@ def parse_sampling(given: Mapping[str, Any]) -> Sampling:
             priority = _convert(name, value, int)
         elif name == handoff.KVBM_PRIORITY:
             kvbm_priority = _convert(name, value, _BlockPriority)
+        elif name == handoff.DATA_PARALLEL_RANK:
+            rank = _convert(name, value, _Rank)
         elif name in _GUIDED:
             structured[_GUIDED[name]] = _guided_value(name, value)
         elif name in _STRUCTURED:
             structured.update(_structured(name, value))
         elif name not in _UNSEEN:
             values[name] = _coerce(name, value)
-    return Sampling(values, structured or None, lora_name, priority, kvbm_priority)
+    return Sampling(values, structured or None, lora_name, priority, kvbm_priority, rank)
 
 
 def _coerce(name: str, value: Any) -> Any:
     types = _field_types()
     if name not in types:
-        close = difflib.get_close_matches(name, [*types, *_GUIDED, *_STRUCTURED, LORA_NAME, PRIORITY, handoff.KVBM_PRIORITY], n=1)
+        own = (LORA_NAME, PRIORITY, handoff.KVBM_PRIORITY, handoff.DATA_PARALLEL_RANK)
+        close = difflib.get_close_matches(name, [*types, *_GUIDED, *_STRUCTURED, *own], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see vLLM's SamplingParams"
         raise RequestError(f"unknown sampling parameter {name!r}: {hint}")
     return _convert(name, value, types[name])
