@@ -17,6 +17,8 @@ from select import select
 from types import TracebackType
 from typing import IO, Any
 
+from tandem_worker.tiers import METHOD
+
 START_TIMEOUT_S = 300.0
 CALL_TIMEOUT_S = 600.0
 CONCURRENCY = 8
@@ -76,6 +78,11 @@ class Engine:
     def reset_device(self) -> None:
         """Empties the device's prefix cache."""
         assert self._call({"what": "reset"}) is True
+
+    def forget(self) -> None:
+        """Empties the device's cache and the host tier: the next prompt has to come from the tiers below."""
+        self.reset_device()
+        assert self._call({"what": "tiers", "command": "reset", "tier": "G2"})["reset"] is True
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples with these labels; 0 if there is none."""
@@ -137,6 +144,8 @@ async def _obey(engine: Any, command: dict[str, Any]) -> Any:
             return await _logprobs(engine, command["prompt"])
         case "reset":
             return bool(await engine.reset_prefix_cache())
+        case "tiers":
+            return dict(await engine.engine_core.call_utility_async(METHOD, command["command"], command["tier"]))
         case "metrics":
             from prometheus_client import REGISTRY, generate_latest
 
