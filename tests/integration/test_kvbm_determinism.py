@@ -4,6 +4,7 @@
 Every tier must store, give up and serve blocks while that happens, by its own counters; else the test has shown nothing.
 """
 
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from models import make_lively_model
 from s3s import S3, s3_server, tier_settings
 
 pytestmark = pytest.mark.slow
+log = logging.getLogger(__name__)
 
 TIE_LOGPROB = 1e-3
 TOKENS = 16
@@ -89,7 +91,7 @@ def check_that_texts_tell(engine: Engine, prompts: list[list[int]], texts: list[
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("scale", [pytest.param(SMALL, id="24 prompts"), pytest.param(FULL, id="200 prompts", marks=pytest.mark.slow)])
 def test_texts_are_those_without_tiers(plain: Engine, model: Path, s3: S3, tmp_path: Path, scale: Scale) -> None:
-    """Greedy token ids, eight at a time, twice over, while every tier runs over."""
+    """Greedy token ids, eight at a time, twice over, while every tier runs over. The counts are logged (`-o log_cli_level=INFO`)."""
     prompts = make_prompts(scale)
     expected = plain.generate(prompts, TOKENS)
     check_that_texts_tell(plain, prompts, expected)
@@ -100,10 +102,12 @@ def test_texts_are_those_without_tiers(plain: Engine, model: Path, s3: S3, tmp_p
         **tier_settings(s3.url, bucket), "DYN_KVBM_OBJECT_NUM_BLOCKS": str(scale.objects),
     }
     with Engine(model, tmp_path / "engine.log", tiers, num_gpu_blocks_override=scale.device, max_model_len=512) as engine:
-        for _ in range(2):
+        for turn in range(2):
             answers = engine.generate(prompts, TOKENS)
-            for prompt, one, other in zip(prompts, expected, answers, strict=True):
-                assert one.ids == other.ids or at_a_tie(plain, prompt, one, other), f"{len(prompt)} tokens: {one} != {other}"
+            differing = [trio for trio in zip(prompts, expected, answers, strict=True) if trio[1].ids != trio[2].ids]
+            log.info("turn %d: %d of %d texts differ by a tie", turn, len(differing), len(prompts))
+            for prompt, one, other in differing:
+                assert at_a_tie(plain, prompt, one, other), f"{len(prompt)} tokens: {one} != {other}"
         check_that_every_tier_worked(engine, scale)
         assert len(s3.names(bucket)) <= scale.objects + 1 + engine.metric("kvbm_bucket_delete_failures")  # one for the ledger
 
@@ -114,6 +118,7 @@ def check_that_every_tier_worked(engine: Engine, scale: Scale) -> None:
                                                      "kvbm_onboard_blocks_d2d", "kvbm_onboard_blocks_o2d")}
     for tier in ("DiskTier", "ObjectTier"):
         counts |= {f"{tier} {what}": engine.metric(f"kvbm_tier_{what}", tier=tier) for what in ("stored", "evicted", "loaded")}
+    log.info("%s", counts)
     assert all(count > 0 for count in counts.values()), counts
     assert counts["kvbm_offload_blocks_d2h"] > max(scale.device, scale.host), counts
     assert engine.metric("kvbm_tier_corrupt") == 0
