@@ -3,7 +3,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +101,22 @@ async def collect(client: Any, call: Call) -> list[Response]:
 async def text_of(client: Any, call: Call) -> str:
     """The whole text of one request with n = 1."""
     return "".join(response["text_output"][0] for response in await collect(client, call))
+
+
+async def begin_streams(client: Any, calls: Sequence[Call]) -> list["asyncio.Task[str]"]:
+    """The calls as running streams, each past its first response; their results are the texts."""
+    begun = [asyncio.Event() for _ in calls]
+
+    async def follow(call: Call, event: asyncio.Event) -> str:
+        text = ""
+        async for response in responses(client, call):
+            text += response["text_output"][0]
+            event.set()
+        return text
+
+    running = [asyncio.create_task(follow(call, event)) for call, event in zip(calls, begun, strict=True)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    return running
 
 
 async def ids_of(client: Any, call: Call) -> list[int]:
