@@ -35,10 +35,12 @@ class Scale:
     host: int
     disk: int
     objects: int
+    at_random: bool = False
+    """Whether a document comes up again after any time, so that each tier is the one to have it; else in turn, which suits small tiers."""
 
 
 SMALL = Scale(prompts=24, documents=8, device=40, host=16, disk=24, objects=40)
-FULL = Scale(prompts=200, documents=40, device=64, host=32, disk=64, objects=160)
+FULL = Scale(prompts=200, documents=40, device=64, host=32, disk=64, objects=160, at_random=True)
 
 
 def make_prompts(scale: Scale) -> list[list[int]]:
@@ -48,7 +50,8 @@ def make_prompts(scale: Scale) -> list[list[int]]:
     prompts = []
     for i in range(scale.prompts):
         shared = BLOCK_SIZE * rng.randint(DOCUMENT_BLOCKS // 2, DOCUMENT_BLOCKS)
-        prompts.append(documents[i % scale.documents][:shared] + [rng.randrange(*VOCABULARY) for _ in range(rng.randint(1, 40))])
+        document = rng.choice(documents) if scale.at_random else documents[i % scale.documents]
+        prompts.append(document[:shared] + [rng.randrange(*VOCABULARY) for _ in range(rng.randint(1, 40))])
     return prompts
 
 
