@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one process computed comes back from host memory, from disk after a restart, and from an object store in another worker.
 
-The first test is small enough for every run: one configuration, two starts of a random model of two layers in whose texts a wrong
-block shows. The others make the way to the object store fail under a running engine.
+The first test is the shortest look at all tiers: one configuration, two starts of a random model of two layers in whose texts a wrong
+block shows (88 s alone on two cores, most of it imports of vLLM). The last ones make the way to the object store fail under a
+running engine.
 """
 
 import random
@@ -16,6 +17,8 @@ from kvbm_engine import BLOCK_SIZE, Answer, Engine
 from models import make_lively_model
 from s3s import S3, Mood, Proxy, s3_server, tier_settings
 from servers import wait_for
+
+pytestmark = pytest.mark.slow
 
 BLOCKS = 20
 TOKENS = 8
@@ -94,7 +97,6 @@ def test_blocks_come_back_from_every_tier(model: Path, s3: S3, tmp_path: Path) -
         assert onboarded(engine) == (DISK_BLOCKS, 2 * BLOCKS - DISK_BLOCKS)
 
 
-@pytest.mark.slow
 def test_two_workers_share_a_folder(model: Path, tmp_path: Path) -> None:
     """Each finds on disk what the other one has written since both started."""
     tiers = HOST | disk_settings(tmp_path, 4 * BLOCKS) | {"TANDEM_KVBM_DISK_SHARED": "true"}
@@ -133,7 +135,6 @@ def counted(engine: Engine, *names: str) -> float:
     return sum(engine.metric(f"kvbm_tier_{name}", tier="ObjectTier") for name in names)
 
 
-@pytest.mark.slow
 def test_another_worker_finds_what_the_first_one_wrote(engine: Engine, model: Path, s3: S3, bucket: str, tmp_path: Path) -> None:
     """Both run; the second has no disk, and never computed the prompt."""
     prompt = make_prompt(3)
@@ -144,7 +145,6 @@ def test_another_worker_finds_what_the_first_one_wrote(engine: Engine, model: Pa
         assert onboarded(other) == (0, BLOCKS)
 
 
-@pytest.mark.slow
 def test_an_endpoint_that_is_away_for_ten_seconds(engine: Engine, proxy: Proxy) -> None:
     """Requests go on, in bounded time and with the right texts; failures are counted; afterwards blocks come back again."""
     prompt = make_prompt(4)
@@ -166,7 +166,6 @@ def test_an_endpoint_that_is_away_for_ten_seconds(engine: Engine, proxy: Proxy) 
     assert [one.ids for one in engine.generate(fresh, TOKENS)] == alone
 
 
-@pytest.mark.slow
 def test_an_endpoint_that_is_too_slow_delays_a_request_once(engine: Engine, proxy: Proxy) -> None:
     """Blocks trickle in: the load ends at its deadline, the request computes what is missing, and the next one does not wait again."""
     prompt = make_prompt(5)
@@ -186,7 +185,6 @@ def test_an_endpoint_that_is_too_slow_delays_a_request_once(engine: Engine, prox
     wait_for(lambda: engine.forget() or comes_back(engine, prompt, text), WAIT_S, "the bucket is used again")
 
 
-@pytest.mark.slow
 def test_an_object_that_arrives_wrong_is_recomputed(engine: Engine, proxy: Proxy) -> None:
     """The lookup finds the blocks, and every one is damaged on its way: counted, never used, computed and written anew."""
     prompt = make_prompt(6)
