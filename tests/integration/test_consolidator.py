@@ -22,6 +22,7 @@ import zmq
 from benchmarks import consolidator as benchmark
 from vllm.distributed import kv_events as vllm_events
 
+from tandem_kvbm.consolidator import __main__ as consolidator
 from tandem_kvbm.consolidator.config import ConsolidatorSettings, load_settings
 from tandem_kvbm.consolidator.plan import Plan
 from tandem_kvbm.consolidator.pump import Pump
@@ -32,7 +33,7 @@ from tandem_protocol.kv_events import Tier
 from tandem_protocol.workers import EventSource
 from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
-from tandem_router.index import KvIndex
+from tandem_router.index import KvIndex, warm_up
 
 _WAIT_S = 60.0
 _BLOCK = 4
@@ -212,6 +213,13 @@ class _Stage:
     def end(self) -> None:
         for end in reversed(self._ends):
             end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """On a clean checkout compiling takes longer than a test waits for anything."""
+    warm_up()
+    consolidator.warm_up()
 
 
 @pytest.fixture
