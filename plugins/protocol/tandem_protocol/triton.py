@@ -107,9 +107,6 @@ class TritonSink:
 
     Triton frees the request's response factory when it handles the final response, and asking for cancellation after that
     crashes tritonserver (seen on 2.51). So the last send and the question exclude each other.
-
-    The end is sent by itself, after the last response: in 2.51 a last response that carries the end, after a question, now and then
-    (some 1 of 100 requests) leaves the factory behind. Then the model can't be unloaded, and the server's exit waits for its timeout.
     """
 
     def __init__(self, sender: Any) -> None:
@@ -138,7 +135,4 @@ class TritonSink:
     def _close(self, response: Any) -> None:
         with self._lock:
             self._closed = True
-            try:
-                self._sender.send(response)
-            finally:
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
