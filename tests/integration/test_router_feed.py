@@ -19,12 +19,18 @@ from tandem_protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStore
 from tandem_protocol.workers import EventSource
 from tandem_router.feed import EventFeed
 from tandem_router.feed_source import SourceState
-from tandem_router.index import KvIndex
+from tandem_router.index import KvIndex, warm_up
 
 _WAIT_S = 30.0
 _BLOCK = 4
 _WORKER = "worker-1"
 _LIMITS = Limits(reply_s=0.5, backoff_s=0.02, backoff_limit_s=0.2, check_s=0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """On a clean checkout compiling takes longer than a test waits for anything."""
+    warm_up()
 
 
 class _NaiveIndex:
