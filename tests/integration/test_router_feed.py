@@ -293,7 +293,7 @@ def test_after_chaos_and_restarts_the_index_equals_a_clean_dump(stage: _Stage, s
         assert router.reaches(engine)
     state = router.state
     assert chaos.misdeeds > 0
-    assert state.gaps > 0
+    assert state.gaps + state.replays > 0, "frames were dropped; a feed that starts late repairs them by its first replay"
     assert state.restarts > 0
     assert state.duplicates > 0
     chaos.calm = True
