@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tandem_cli.doctor.facts import Facts
+from tandem_cli.doctor.facts import Facts, ServiceFacts
 from tandem_cli.serve.preflight import ENGINE_BYTES, GIB, SHM_BYTES
 
 PYTHONS = ((3, 11), (3, 12))
@@ -191,21 +191,21 @@ def check_nixl(facts: Facts) -> Finding:
 
 def check_discovery(facts: Facts) -> Finding:
     """etcd, where it was asked for."""
-    found = facts.discovery
-    if not found.url:
-        return skipped("not asked for", "give --discovery etcd://host:port or set TANDEM_DISCOVERY")
-    if found.error:
-        return failure(f"{found.url}: {found.error}", "start it, open its port, or correct the URL")
-    return ok(f"{found.url}: {found.says}")
+    return _service(facts.discovery, "give --discovery etcd://host:port or set TANDEM_DISCOVERY",
+                    "start it, open its port, or correct the URL")
 
 
 def check_prometheus(facts: Facts) -> Finding:
     """Prometheus, where it was asked for."""
-    found = facts.prometheus
+    return _service(facts.prometheus, "give --prometheus http://host:9090",
+                    "start it, open its port, or correct the URL; the planner needs it")
+
+
+def _service(found: ServiceFacts, ask: str, fix: str) -> Finding:
     if not found.url:
-        return skipped("not asked for", "give --prometheus http://host:9090")
+        return skipped("not asked for", ask)
     if found.error:
-        return failure(f"{found.url}: {found.error}", "start it, open its port, or correct the URL; the planner needs it")
+        return failure(f"{found.url}: {found.error}", fix)
     return ok(f"{found.url}: {found.says}")
 
 
