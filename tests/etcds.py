@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real etcd for tests: on free ports, with its data in a folder of the test's own."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -58,9 +59,10 @@ class Etcd:
             shutil.rmtree(self.folder / "data", ignore_errors=True)
 
     def pause(self) -> None:
-        """It holds its connections and answers nothing."""
+        """It holds its connections and answers nothing. Returns when it stands still: a busy machine delivers the signal late."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Ends `pause`."""
