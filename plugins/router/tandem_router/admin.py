@@ -48,6 +48,10 @@ class Served(Protocol):
         """Requests in flight."""
 
     @property
+    def queued_requests(self) -> int:
+        """Of these, those that no token has come of yet."""
+
+    @property
     def prepared(self) -> bool:
         """Whether the tokenizer is there."""
 
@@ -92,7 +96,8 @@ class AdminServer:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         router = self._router
-        router.metrics.gauges(router.active_requests, _loads(router.fleet), _feed_counts(router.feed))
+        router.metrics.in_flight(router.fleet.model, router.active_requests, router.queued_requests)
+        router.metrics.gauges(_loads(router.fleet), _feed_counts(router.feed))
         router.metrics.replicas(_replica_figures(router))
         body = await asyncio.to_thread(router.metrics.exposition)
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})

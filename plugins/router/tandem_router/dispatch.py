@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tandem_protocol import handoff, tensors
@@ -23,6 +23,7 @@ from tandem_router import wire
 from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections, Patience, WorkerLostError
+from tandem_router.meters import RequestMeter, cached_of, count_tokens
 from tandem_router.metrics import RouterMetrics
 from tandem_router.placement import Decision, Placement, RouteRequest
 from tandem_router.relay import Answer, Delta
@@ -53,6 +54,7 @@ class Routed:
     request: GenerationRequest
     prompt_ids: list[int]
     route: RouteRequest
+    meter: RequestMeter
     deadline: float | None = None
     """On the monotonic clock, from the request's own timeout."""
     prefill_worker_id: str = ""
@@ -66,6 +68,11 @@ class Leg:
     pool: Placement
     decision: Decision
     started: bool = False
+    cached_tokens: int = field(init=False)
+    """As the index said of whoever computes the prompt."""
+
+    def __post_init__(self) -> None:
+        self.cached_tokens = self.decision.cached_tokens
 
 
 class Dispatcher:
@@ -122,7 +129,7 @@ class Dispatcher:
         try:
             if self._prefill_route(leg, routed).remote:
                 leg.pool.prefill_done(leg.decision.ticket)  # its tokens are computed elsewhere
-                request = replace(request, handoff=await self._remote_prefill(routed, request))
+                request = replace(request, handoff=await self._remote_prefill(routed, request, leg))
             await self._relay(request, leg, routed, answer, stream)
         finally:
             leg.pool.free(leg.decision.ticket)
@@ -134,7 +141,7 @@ class Dispatcher:
         available = prefill is not None and bool(prefill.workers)
         return prefill_route(leg.decision.non_cached_tokens, routed.route.isl, self._settings, prefill_available=available)
 
-    async def _remote_prefill(self, routed: Routed, request: GenerationRequest) -> dict[str, Any] | None:
+    async def _remote_prefill(self, routed: Routed, request: GenerationRequest, leg: Leg) -> dict[str, Any] | None:
         """The handoff, or None where the decode worker has to prefill by itself. Raises if disaggregation is enforced."""
         pool = self._pools.prefill
         assert pool is not None
@@ -142,7 +149,7 @@ class Dispatcher:
         try:
             decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, exclude=frozenset(), expected_output_tokens=0))
             worker_id = decision.worker.id
-            return await self._prefill_on(pool, decision, request)
+            handed = await self._prefill_on(pool, decision, request)
         except (UnavailableError, EngineError) as exc:
             if self._settings.enforce_disagg:
                 raise UnavailableError(f"remote prefill failed and disaggregation is enforced: {exc}") from exc
@@ -151,6 +158,8 @@ class Dispatcher:
             log.warning("prefill.fell_back worker=%s: %s", worker_id, exc)
             self._metrics.prefill_fell_back()
             return None
+        leg.cached_tokens = decision.cached_tokens
+        return handed
 
     async def _prefill_on(self, pool: Placement, decision: Decision, request: GenerationRequest) -> dict[str, Any]:
         worker = decision.worker
@@ -174,6 +183,7 @@ class Dispatcher:
             async for response in responses:
                 arrays = wire.response_arrays(response)
                 self._note(leg, arrays)
+                routed.meter.received(count_tokens(arrays), cached_of(arrays, leg.cached_tokens), time.perf_counter())
                 stream.push(Delta(answer.receive(arrays), finished=wire.is_final(response)))
 
     def _note(self, leg: Leg, arrays: Arrays) -> None:

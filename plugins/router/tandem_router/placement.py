@@ -27,7 +27,7 @@ from tandem_router.choice import Field, choose
 from tandem_router.config import RouterMode, RouterSettings
 from tandem_router.cost import Costs, Loads, Prompt, Terms, Weights, costs, explain
 from tandem_router.pool import Refusal, form_pool
-from tandem_router.routes import UNTRACKED, Decision, PrefixIndex, PrefixOverlap, RouteRequest, WorkerLoad
+from tandem_router.routes import UNTRACKED, Decision, PrefixIndex, PrefixOverlap, RouteRequest, Timing, WorkerLoad
 
 __all__ = ["UNTRACKED", "Decision", "Placement", "PrefixIndex", "PrefixOverlap", "RouteRequest", "WorkerLoad"]
 
@@ -40,6 +40,8 @@ class _Candidates:
     loads: Loads
     hits: NDArray[np.int32]
     costs: Costs
+    match_s: float
+    """How long it took to find the hits."""
 
 
 class Placement:
@@ -138,16 +140,19 @@ class Placement:
         )
 
     def _decide(self, request: RouteRequest, *, book: bool) -> Decision:
+        started = time.perf_counter()
         found = self._candidates(request)
         chosen = self._choose(request, found)
         position = int(found.positions[chosen])
         hits = found.hits[:, chosen].tolist()
         cached = self._cached_tokens(sum(hits), request.isl)
+        known = time.perf_counter()
         ticket = self._book(request, position, request.isl - cached) if book else UNTRACKED
+        timing = Timing(found.match_s, known - started - found.match_s, time.perf_counter() - known)
         return Decision(
             ticket=ticket, worker=self._pool.records[position], dp_rank=self._pool.names[position][1], slot=int(self._pool.slots[position]),
             overlap=(hits[0], hits[1], hits[2]), cached_tokens=cached, non_cached_tokens=request.isl - cached,
-            terms=() if book else self._explain(found, chosen),
+            terms=() if book else self._explain(found, chosen), timing=timing,
         )
 
     def _choose(self, request: RouteRequest, found: _Candidates) -> int:
@@ -165,9 +170,11 @@ class Placement:
         positions = self._eligible(request)
         columns = self._pool.columns[positions]
         loads = self.books.loads(columns)
+        started = time.perf_counter()
         hits, believed = self._hits(request.keys, positions)
+        match_s = time.perf_counter() - started
         prompt = Prompt(request.isl, self._block_size, hits, self.books.shared(request.keys, columns), believed)
-        return _Candidates(positions, loads, hits, costs(self._weights_for(request), loads, prompt))
+        return _Candidates(positions, loads, hits, costs(self._weights_for(request), loads, prompt), match_s)
 
     def _hits(self, keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Hits per tier, shape (3, candidates), and those on the device that are only believed, shape (candidates,)."""

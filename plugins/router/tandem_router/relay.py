@@ -135,7 +135,8 @@ class Answer:
         return {name: array for name, array in arrays.items() if name in self._wanted}
 
     def _tracked(self, request: GenerationRequest) -> GenerationRequest:
-        return replace(request, returns=request.returns | {tensors.OUTPUT_IDS}) if self.resumable else request
+        """What we need to go on elsewhere, or else to count tokens."""
+        return replace(request, returns=request.returns | {tensors.OUTPUT_IDS if self.resumable else tensors.NUM_OUTPUT_TOKENS})
 
     def _correct(self, arrays: Arrays) -> None:
         """Counts of a later leg include the tokens of those before it."""

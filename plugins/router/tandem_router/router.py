@@ -28,6 +28,7 @@ from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections
 from tandem_router.dispatch import Dispatcher, Routed
 from tandem_router.fleet import Fleet
+from tandem_router.meters import RequestMeter, sequences_of
 from tandem_router.metrics import RouterMetrics
 from tandem_router.overrides import Overrides
 from tandem_router.placement import RouteRequest
@@ -48,6 +49,7 @@ class _Active:
 
     request: GenerationRequest
     stream: ResponseStream
+    meter: RequestMeter
     task: asyncio.Task[None] | None = None
 
 
@@ -87,7 +89,8 @@ class Router:
 
     def submit(self, request: GenerationRequest, overrides: Overrides, sink: Sink) -> None:
         """Takes a request; its outcome goes to `sink`. Never blocks and never raises."""
-        self._loop.call_soon_threadsafe(self._admit, request, overrides, ResponseStream(sink, self._outbox))
+        meter = RequestMeter(time.perf_counter(), streamed=request.stream, sequences=sequences_of(request))
+        self._loop.call_soon_threadsafe(self._admit, request, overrides, ResponseStream(sink, self._outbox), meter)
 
     def abort(self, request_id: str) -> None:
         """Aborts every request in flight with this id."""
@@ -117,6 +120,11 @@ class Router:
     def active_requests(self) -> int:
         """Requests in flight."""
         return len(self._active)
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests in flight that no token has come of yet."""
+        return sum(active.meter.waiting for active in tuple(self._active.values()))
 
     # --- event loop ---
 
@@ -152,22 +160,23 @@ class Router:
         await self._discovery.close()
         await self.connections.close()
 
-    def _admit(self, request: GenerationRequest, overrides: Overrides, stream: ResponseStream) -> None:
+    def _admit(self, request: GenerationRequest, overrides: Overrides, stream: ResponseStream, meter: RequestMeter) -> None:
         stream.encode = lambda delta: delta.arrays
         if self._stopping or len(self._active) >= self.settings.max_queued_requests:
             stream.fail(UnavailableError(f"the router holds {len(self._active)} requests (TANDEM_ROUTER_MAX_QUEUED_REQUESTS): retry later"))
             self.metrics.ended("refused")
             return
         key = next(self._keys)
-        active = self._active[key] = _Active(request, stream)
-        active.task = self._loop.create_task(self._serve(request, overrides, stream))
+        active = self._active[key] = _Active(request, stream, meter)
+        active.task = self._loop.create_task(self._serve(active, overrides))
         active.task.add_done_callback(lambda task: self._done(key, task))
 
-    async def _serve(self, request: GenerationRequest, overrides: Overrides, stream: ResponseStream) -> None:
+    async def _serve(self, active: _Active, overrides: Overrides) -> None:
+        request, stream = active.request, active.stream
         deadline = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         try:
             async with asyncio.timeout(request.timeout_s):
-                routed = await self._route(request, overrides, deadline)
+                routed = await self._route(active, overrides, deadline)
         except TimeoutError:
             stream.fail(UnavailableError(f"request timed out after its own timeout of {request.timeout_s} s"))
             return
@@ -185,19 +194,23 @@ class Router:
         except TandemError as exc:
             stream.fail(exc)
 
-    async def _route(self, request: GenerationRequest, overrides: Overrides, deadline: float | None) -> Routed:
+    async def _route(self, active: _Active, overrides: Overrides, deadline: float | None) -> Routed:
         """Tokenizes and hashes; waits for the first worker, which tells model and block size."""
+        request = active.request
         prompts = await asyncio.shield(self._preparing)
         await self._some_worker()
         started = time.perf_counter()
         token_ids = await prompts.token_ids(request)
+        tokenized = time.perf_counter()
+        keys = block_keys(token_ids, self.fleet.generating.block_size, request)
+        self.metrics.prepared(tokenized - started, time.perf_counter() - tokenized)
         route = RouteRequest(
-            isl=len(token_ids), keys=block_keys(token_ids, self.fleet.generating.block_size, request), lora=lora_of(request),
+            isl=len(token_ids), keys=keys, lora=lora_of(request),
             worker_id=overrides.worker_id, overlap_weight=overrides.overlap_weight, temperature=overrides.temperature,
             expected_output_tokens=overrides.expected_output_tokens, priority=request.priority,
         )
-        self.metrics.tokenized(time.perf_counter() - started)
-        return Routed(request, token_ids, route, deadline, overrides.prefill_worker_id)
+        active.meter.begin(self.metrics.tallies_of(self.fleet.model), len(token_ids))
+        return Routed(request, token_ids, route, active.meter, deadline, overrides.prefill_worker_id)
 
     async def _prepare(self) -> Prompts:
         """Loads the tokenizer as soon as the model is known, which may take half a minute: no request should wait for it."""
@@ -257,4 +270,5 @@ class Router:
         elif (exc := task.exception()) is not None:
             log.error("request.task_failed", exc_info=exc)
             active.stream.fail(UnavailableError(f"the router failed on this request: {exc}"))
+        active.meter.ended(time.perf_counter())
         self.metrics.ended(active.stream.outcome)

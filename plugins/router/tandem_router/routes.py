@@ -2,7 +2,7 @@
 """What placement is asked, what it answers, and what it needs of an index."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,16 @@ class RouteRequest:
     """For the queue before placement; cost and choice don't depend on it."""
 
 
+class Timing(NamedTuple):
+    """How long the parts of a decision took, in seconds."""
+
+    match_s: float = 0.0
+    """The prompt in the index, and what is believed of it."""
+    choice_s: float = 0.0
+    """Who may take it, loads, costs and the choice among them."""
+    books_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Decision:
     """Where a request goes."""
@@ -77,6 +87,7 @@ class Decision:
     """What must be computed; never 0, since vLLM computes the last prompt token again."""
     terms: tuple[Terms, ...]
     """Of all candidates; only from `peek`."""
+    timing: Timing = field(default=Timing(), compare=False)
 
     @property
     def named_rank(self) -> int | None:
