@@ -14,6 +14,7 @@ usage: ./build.sh COMMAND [ARGUMENTS]
   test [--full]     run the tests; --full adds the long suites
   check             ruff, mypy, import contracts
   bench NAME        run a benchmark: serving [--json]
+  image [OPTIONS]   build the container image (--help tells the options)
   tandem ...        the tandem command: generate, chat, status, ...
 EOF
 }
@@ -86,6 +87,7 @@ _main() {
   shift
   case "$command" in
     -h | --help | help) usage; return ;;
+    image) exec container/build.sh "$@" ;;
     serve | stop | test | check | bench | tandem) ensure_environment ;;
     *) usage >&2; die "unknown command '$command'" ;;
   esac

@@ -69,6 +69,16 @@ def test_each_side_needs_a_worker(prefill: int, decode: int) -> None:
         plan(prefill=prefill, decode=decode)
 
 
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_routers_may_be_alone(gpus: int) -> None:
+    """A server of routers only, in front of workers of other servers; with neither there is nothing to serve."""
+    hardware = Hardware(cores=(0, 1), gpus=gpus)
+    fleet = plan_fleet(Mode.AGG, Counts(aggregated=0, routers=2), None, hardware, {})
+    assert (fleet.workers, fleet.model_names) == ((), ("router",))
+    with pytest.raises(ConfigError, match="nothing to serve"):
+        plan_fleet(Mode.AGG, Counts(aggregated=0, routers=0), None, hardware, {})
+
+
 @pytest.mark.parametrize(
     ("mode", "decode", "cores"),
     [(Mode.AGG, 1, ["0,1,2,3,4,5"]), (Mode.DISAGG, 1, ["0,1,2", "3,4,5"]), (Mode.BOTH, 1, ["4,5", "0,1", "2,3"]),

@@ -77,15 +77,17 @@ class Counts:
     routers: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.aggregated, self.prefill, self.decode) < 1:
-            raise ConfigError("--workers, --prefill and --decode must be at least 1")
-        if self.routers < 0:
-            raise ConfigError("--routers must be at least 0")
+        if min(self.prefill, self.decode) < 1:
+            raise ConfigError("--prefill and --decode must be at least 1")
+        if min(self.aggregated, self.routers) < 0:
+            raise ConfigError("--workers and --routers must be at least 0")
 
 
 def plan_fleet(mode: Mode, counts: Counts, only: Role | None, hardware: Hardware, arguments: dict[str, Any]) -> Fleet:
     """Plans a server. `only` is a role that this host serves alone, for prefill and decode on different hosts."""
     roles = _roles(mode, counts, only)
+    if not roles and not counts.routers:
+        raise ConfigError("there is nothing to serve: --workers 0 is for a server of routers alone, so give it --routers 1")
     workers = _place([WorkerPlan(name, role, index) for index, (name, role) in enumerate(roles, start=_first_index(roles))],
                      hardware, arguments)
     return Fleet(workers, _ensembles(workers), routers=counts.routers)
@@ -123,6 +125,8 @@ def _ensembles(workers: tuple[WorkerPlan, ...]) -> tuple[EnsemblePlan, ...]:
 
 
 def _place(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str, Any]) -> tuple[WorkerPlan, ...]:
+    if not workers:
+        return ()
     # Prefill and decode work at the same time, so they are placed first and the aggregated worker shares.
     order = sorted(workers, key=lambda worker: worker.role is Role.AGGREGATED)
     placed = _on_gpus(order, hardware.gpus, arguments) if hardware.gpus else _on_cores(order, hardware, arguments)

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder or hub id (default: TANDEM_MODEL, else the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--mode", choices=[mode.value for mode in Mode],
                         help="agg: model vllm; disagg: prefill, decode and the ensemble disagg; both (default): all of them")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="aggregated workers: vllm, vllm_1, ... (default 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N",
+                        help="aggregated workers: vllm, vllm_1, ... (default 1); 0 with --mode agg: routers alone")
     parser.add_argument("--routers", type=int, default=None, metavar="N",
                         help="instances of the model router, each a process; 0 for none (default 1, and 0 for a host of one role)")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")

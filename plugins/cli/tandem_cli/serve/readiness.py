@@ -84,7 +84,9 @@ def is_ready(state: RunState) -> bool:
 
 
 def _places_all(url: str, workers: int) -> bool:
-    """Whether a router has found and checked every worker of the run; those of others don't matter here."""
+    """Whether a router has found and checked every worker of the run; those of others don't matter here, so a router alone is ready."""
+    if not workers:
+        return True
     try:
         with urllib.request.urlopen(f"{url}/fleet", timeout=_HTTP_TIMEOUT_S) as response:  # noqa: S310 - always http to this host
             fleet = json.load(response)

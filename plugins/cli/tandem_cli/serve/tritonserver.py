@@ -55,10 +55,12 @@ def _prepare_package(server: Path) -> TritonInstall:
         shutil.copyfile(source, partial)
         partial.chmod(0o755)
         partial.replace(target)
-    (server / "bin" / "tritonserver").chmod(0o755)
+    binary = server / "bin" / "tritonserver"
+    if not os.access(binary, os.X_OK):  # in an image it was done by another user, who owns it
+        binary.chmod(0o755)
     libraries = (server.parent.parent / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib"))
     _check_stub(target, libraries)
-    return TritonInstall(server / "bin" / "tritonserver", server / "backends", libraries)
+    return TritonInstall(binary, server / "backends", libraries)
 
 
 def _check_stub(stub: Path, libraries: tuple[Path, ...]) -> None:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Writes what an image is made of: every Python package with its wheel's metadata, and every Debian package with version and source.
+# usage: sbom.sh ENVIRONMENT FOLDER
+set -Eeuo pipefail
+environment="${1:?usage: sbom.sh ENVIRONMENT FOLDER}"; folder="${2:?usage: sbom.sh ENVIRONMENT FOLDER}"
+# shellcheck disable=SC2016
+# (dpkg-query expands these, not the shell.)
+columns='${binary:Package}\t${Version}\t${Architecture}\t${source:Package}\n'
+mkdir -p "$folder"
+"$environment/bin/python" -m pip inspect --local --disable-pip-version-check > "$folder/python.json" 2> /dev/null
+"$environment/bin/python" -m pip list --format freeze --disable-pip-version-check > "$folder/python.txt"
+if command -v dpkg-query > /dev/null; then dpkg-query -W -f "$columns" > "$folder/debian.tsv"; fi
