@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Kalman filter of a level with a slope (local linear trend): F = [[1, 1], [0, 1]], H = [1, 0], P = 1000 I at first.
+
+Written out in scalars, since matrices of two rows would cost a hundred times as much; an interval without a point is a step without an
+update, so that time always advances by what passed.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem_planner.predict.series import Point, Predictor, steps_between
+
+FIRST_VARIANCE = 1000.0
+
+
+@dataclass(frozen=True)
+class _Belief:
+    """Level and slope per interval, with the covariance [[a, b], [b, c]]."""
+
+    level: float
+    slope: float
+    a: float = FIRST_VARIANCE
+    b: float = 0.0
+    c: float = FIRST_VARIANCE
+
+    def stepped(self, q_level: float, q_trend: float) -> "_Belief":
+        """One interval later."""
+        return _Belief(self.level + self.slope, self.slope, self.a + 2 * self.b + self.c + q_level, self.b + self.c, self.c + q_trend)
+
+    def told(self, value: float, r: float) -> "_Belief":
+        """After an observation with variance `r`."""
+        gain, slope_gain = self.a / (self.a + r), self.b / (self.a + r)
+        miss = value - self.level
+        left = 1 - gain
+        return _Belief(self.level + gain * miss, self.slope + slope_gain * miss, left * self.a, left * self.b, self.c - slope_gain * self.b)
+
+
+@dataclass(frozen=True)
+class KalmanPredictor(Predictor):
+    """Variances per interval, in squared units of the series."""
+
+    q_level: float = 1.0
+    q_trend: float = 0.1
+    r: float = 10.0
+    min_points: int = 5
+
+    def predict(self, history: Sequence[Point], step_s: float) -> float:
+        """Level plus slope; the last value while there are fewer than `min_points`."""
+        if len(history) < self.min_points:
+            return history[-1].value
+        belief = _Belief(history[0].value, 0.0).told(history[0].value, self.r)
+        for earlier, later in itertools.pairwise(history):
+            for _ in range(steps_between(earlier, later, step_s)):
+                belief = belief.stepped(self.q_level, self.q_trend)
+            belief = belief.told(later.value, self.r)
+        return belief.level + belief.slope
