@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model `router` in a real tritonserver, over two real vLLM workers; in the end one of them is killed."""
+"""The model `router` in a real tritonserver, over two real vLLM workers that it knows by etcd; in the end one of them is killed."""
 
 import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,11 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from calls import PARIS_PROMPT, Call, begin_streams, collect, connect, responses, text_of
+from etcds import BINARY, Etcd
 from servers import Server, engine_of, get_json, serve, tandem, wait_for
+from tandem_protocol.discovery.interface import LEASE_TTL_S
+
+pytestmark = pytest.mark.skipif(BINARY is None, reason="etcd is not installed (Debian: apt-get install etcd-server)")
 
 GREEDY = {"temperature": 0, "max_tokens": 48, "ignore_eos": True}
 STREAMS = 8
@@ -36,13 +41,23 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """That of both servers."""
+    server = Etcd(tmp_path_factory.mktemp("etcd"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill(wipe=True)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, etcd: Etcd) -> Iterator[Pair]:
     """Two servers that share one discovery, as two hosts would."""
     run, cores = tmp_path_factory.mktemp("routed"), sorted(os.sched_getaffinity(0))
     common = ["--mode", "agg", "--dtype", "float32", "--max-num-seqs", "16", "--max-num-batched-tokens", "256", "--max-model-len", "2048"]
-    discovery = f"file:{run / 'discovery'}"
-    with serve(run, *common, cores=str(cores[0]), TANDEM_DISCOVERY=discovery) as front, \
-            serve(run, *common, "--routers", "0", cores=str(cores[-1]), TANDEM_DISCOVERY=discovery) as back:
+    with serve(run, *common, cores=str(cores[0]), TANDEM_DISCOVERY=etcd.url) as front, \
+            serve(run, *common, "--routers", "0", cores=str(cores[-1]), TANDEM_DISCOVERY=etcd.url) as back:
         both = Pair(front, back)
         wait_for(lambda: len(both.placed()) == 2, 120, "both workers in placement")
         yield both
@@ -114,6 +129,21 @@ async def test_a_cancelled_stream_frees_the_worker(pair: Pair, router: Any) -> N
         break
     servers = (pair.front, pair.back)
     await asyncio.to_thread(wait_for, lambda: all(one.health("vllm")["active"] == 0 for one in servers), 15, "both workers to be idle")
+
+
+async def test_no_request_is_lost_while_etcd_is_away(pair: Pair, router: Any, etcd: Etcd) -> None:
+    """Killed in the middle of streams, away for longer than a lease, started again empty: answers go on, and nobody is forgotten."""
+    running = await begin_streams(router, [Call("router", prompt=f"Tell me story {i}.", sampling=GREEDY) for i in range(STREAMS)])
+    etcd.kill(wipe=True)
+    away = time.monotonic()
+    while time.monotonic() - away < LEASE_TTL_S + 2:
+        assert "Paris" in await text_of(router, Call("router", sampling={**GREEDY, "max_tokens": 8}))
+        assert len(pair.placed()) == 2
+    assert all(await asyncio.gather(*running))
+    await asyncio.to_thread(etcd.start)
+    again = await begin_streams(router, [Call("router", prompt=f"Tell me fable {i}.", sampling=GREEDY) for i in range(STREAMS)])
+    assert all(await asyncio.gather(*again))
+    assert len(pair.placed()) == 2
 
 
 async def test_streams_survive_the_death_of_their_engine(pair: Pair, router: Any) -> None:
