@@ -35,6 +35,8 @@ SUBCOMMANDS = {
     "chat": Subcommand("tandem_cli.chat", "hold a conversation"),
     "route": Subcommand("tandem_cli.route", "explain where the router would send a prompt"),
     "lora": Subcommand("tandem_cli.lora", "load, unload and list LoRA adapters"),
+    "plan": Subcommand("tandem_cli.plan", "how many workers a load needs, term by term"),
+    "simulate": Subcommand("tandem_cli.simulate", "what a planner would do to a simulated fleet"),
     "doctor": Subcommand("tandem_cli.doctor.command", "look whether this host can serve"),
     "status": Subcommand("tandem_cli.status", "show models and workers"),
 }
