@@ -41,7 +41,7 @@ CASES = {
     "temperature negative": Case(_sampling({"temperature": -1}), "temperature"),
     "temperature NaN": Case(_sampling('{"temperature": NaN}'), "temperature"),
     "top_p too large": Case(_sampling({"top_p": 1.5}), "top_p"),
-    "rank that is not there": Case(_sampling({"data_parallel_rank": 1}), "out of range"),
+    "rank that is not there": Case(_sampling({"data_parallel_rank": 1}), "its only rank is 0"),
     "top_k negative": Case(_sampling({"top_k": -7}), "top_k"),
     "max_tokens zero": Case(_sampling({"max_tokens": 0}), "max_tokens"),
     "max_tokens a fraction": Case(_sampling({"max_tokens": 1.5}), "max_tokens"),

@@ -99,6 +99,14 @@ def test_without_events_of_the_usual_kind_there_is_none(arguments: dict[str, Any
     assert plan_sidecars([_KVBM], arguments, {}, _FOLDER) == ()
 
 
+def test_ranks_that_begin_above_0_have_none() -> None:
+    """A consolidator would count them from 0: routers follow the engine itself."""
+    there = {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}
+    assert plan_sidecars([_KVBM], {**there, "data_parallel_start_rank": 2}, {}, _FOLDER) == ()
+    [sidecar] = plan_sidecars([_KVBM], there, {"TANDEM_CONSOLIDATOR_ADMIN_PORT": "0"}, _FOLDER)
+    assert sidecar.environment["TANDEM_CONSOLIDATOR_RANKS"] == "2"
+
+
 def test_the_workers_record_names_the_consolidated_stream() -> None:
     """In place of the engine's; with several ranks, as one that carries all of them."""
     settings = WorkerSettings(role=Role.AGGREGATED, connector=("kvbm",), worker_index=2, consolidated_port=57001, grpc_url="10.0.0.7:9001")
@@ -117,8 +125,7 @@ def _sources(settings: WorkerSettings, ranks: int) -> tuple[EventSource, ...]:
     config = SimpleNamespace(
         model_config=SimpleNamespace(model="m"), cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=1),
         scheduler_config=SimpleNamespace(max_num_seqs=1, max_num_batched_tokens=1),
-        parallel_config=SimpleNamespace(data_parallel_size=ranks),
         kv_events_config=SimpleNamespace(enable_kv_cache_events=True, publisher="zmq", endpoint="tcp://*:20080",
                                          replay_endpoint="tcp://*:21080"),
     )
-    return build_record(settings, WorkerNames("vllm", "t", -1), config).event_sources
+    return build_record(settings, WorkerNames("vllm", "t", -1), config, tuple(range(ranks))).event_sources

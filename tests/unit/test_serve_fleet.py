@@ -165,3 +165,26 @@ def test_engine_arguments_reach_every_worker_as_its_own() -> None:
     workers = plan(max_model_len=99).workers
     assert [worker.arguments["max_model_len"] for worker in workers] == [99, 99, 99]
     assert len({id(worker.arguments) for worker in workers}) == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks", "cores"),
+    [(Mode.AGG, 2, ["0,1,2|3,4,5"]), (Mode.AGG, 4, ["0|1|2|3"]), (Mode.DISAGG, 2, ["0|1", "2|3"]), (Mode.AGG, 8, ["0|1|2|3|4|5|0|1"])],
+)
+def test_every_rank_has_a_group_of_cores(mode: Mode, ranks: int, cores: list[str]) -> None:
+    """vLLM wants one for each process that computes; with too few cores they take turns."""
+    assert [worker.cores for worker in plan(mode, data_parallel_size=ranks).workers] == cores
+
+
+def test_every_rank_has_gpus() -> None:
+    """As many as its tensor parallelism needs."""
+    arguments = {"tensor_parallel_size": 2, "data_parallel_size": 2}
+    assert [worker.gpus for worker in plan(Mode.DISAGG, hardware=Hardware((0,), 8), **arguments).workers] == ["0,1,2,3", "4,5,6,7"]
+    with pytest.raises(ConfigError, match=r"one engine needs 4 GPUs, this host has 2: lower .* or --data-parallel-size"):
+        plan(Mode.AGG, hardware=Hardware((0,), 2), **arguments)
+
+
+def test_only_the_ranks_of_this_host_count() -> None:
+    """The others are another worker's."""
+    arguments = {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_start_rank": 2}
+    assert [worker.gpus for worker in plan(Mode.AGG, hardware=Hardware((0,), 2), **arguments).workers] == ["0,1"]

@@ -85,6 +85,14 @@ def test_too_little_memory_is_refused_with_both_numbers() -> None:
         check_memory(TWO_ENGINES, "org/name", GIB, available_bytes=4 * GIB)
 
 
+def test_every_rank_counts_as_an_engine() -> None:
+    """Each holds weights and a KV cache of its own."""
+    fleet = Fleet((WorkerPlan("vllm", Role.AGGREGATED, 0, arguments={"data_parallel_size": 3}),), ())
+    check_memory(fleet, "org/name", GIB, available_bytes=3 * (ENGINE_BYTES + GIB))
+    with pytest.raises(ConfigError, match="3 engines need"):
+        check_memory(fleet, "org/name", GIB, available_bytes=3 * (ENGINE_BYTES + GIB) - 1)
+
+
 def test_weights_count_for_every_engine(tmp_path: Path) -> None:
     """Each loads its own copy; other files of the folder don't count."""
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)

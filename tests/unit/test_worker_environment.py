@@ -9,11 +9,12 @@ import pytest
 
 from tandem_worker.config import WorkerSettings
 from tandem_worker.environment import LOOPBACK, OVERRIDABLE, engine_environment, overridable, reachable_address
+from tandem_worker.ranks import LocalRanks
 
 
-def environment(**settings: Any) -> dict[str, str]:
-    """The variables of a worker with these settings."""
-    return engine_environment(WorkerSettings(**settings), token="t", stub_pid=42, scratch=Path("/scratch"))
+def environment(first: int = 0, ranks: int = 1, **settings: Any) -> dict[str, str]:
+    """The variables of a worker with these settings and data-parallel ranks."""
+    return engine_environment(WorkerSettings(**settings), token="t", stub_pid=42, scratch=Path("/scratch"), ranks=LocalRanks(first, ranks))
 
 
 def test_the_guard_finds_its_processes_by_token_and_pid() -> None:
@@ -27,10 +28,10 @@ def test_engine_processes_are_spawned() -> None:
     assert environment()["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
-@pytest.mark.parametrize(("index", "port"), [(0, "5600"), (3, "5603")])
-def test_side_channels_are_offset_by_the_worker_index(index: int, port: str) -> None:
-    """Two workers of one host must not share a port."""
-    assert environment(worker_index=index)["VLLM_NIXL_SIDE_CHANNEL_PORT"] == port
+@pytest.mark.parametrize(("index", "first", "ranks", "port"), [(0, 0, 1, "5600"), (3, 0, 1, "5603"), (1, 0, 2, "5602"), (0, 2, 2, "5598")])
+def test_side_channels_are_offset_by_the_worker_index(index: int, first: int, ranks: int, port: str) -> None:
+    """Two workers of one host must not share a port, nor their ranks; vLLM adds the rank."""
+    assert environment(first, ranks, worker_index=index)["VLLM_NIXL_SIDE_CHANNEL_PORT"] == port
 
 
 def test_the_side_channel_host_can_be_given() -> None:

@@ -2,12 +2,13 @@
 """When an engine hangs, and what looks like it but is not."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
 from fakes import WAIT_S
 from tandem_worker.heartbeat import HangWatch, Heartbeat, Pulse
-from tandem_worker.load import EngineLoad
+from tandem_worker.load import EngineLoads
 
 HANG_S, STEP_S = 30.0, 300.0
 
@@ -88,41 +89,83 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tandem_worker.heartbeat.INTERVAL_S", 0.0)
 
 
+def loads_of(*in_engine: int) -> EngineLoads:
+    """One rank with so many requests for each number."""
+    loads = EngineLoads()
+    for rank, requests in enumerate(in_engine):
+        loads.of(rank).in_engine = requests
+    return loads
+
+
+async def _unexpected(reason: str) -> None:
+    raise AssertionError(reason)
+
+
 @pytest.mark.usefixtures("fast")
 async def test_the_watch_tells_once_and_survives_a_failed_look() -> None:
     """A process that vanishes under its eyes must not end it."""
-    load, told, looks = EngineLoad(in_engine=2), asyncio.Queue[str](), 0
+    told, looks = asyncio.Queue[str](), 0
 
-    def engine_cpu_s() -> float:
+    def engine_cpu_s(_: int | None) -> float:
         nonlocal looks
         looks += 1
         if looks == 2:
             raise RuntimeError("vanished")
         return 0.0
 
-    watch = HangWatch(Heartbeat(0.05, STEP_S), load, engine_cpu_s, told.put)
+    watch = HangWatch(partial(Heartbeat, 0.05, STEP_S), loads_of(2), engine_cpu_s, told.put)
     await asyncio.wait_for(watch.run(), WAIT_S)
-    assert "2 requests in it" in told.get_nowait()
+    assert told.get_nowait().startswith("the engine hangs: 2 requests in it")
     assert looks > 2
     assert told.empty()
 
 
 async def test_processor_time_is_only_read_of_an_engine_that_stands_still() -> None:
     """Reading it costs milliseconds on a host with many processes."""
-    load, looks = EngineLoad(in_engine=1), 0
+    loads, asked = loads_of(1), list[int | None]()
 
-    def engine_cpu_s() -> float:
-        nonlocal looks
-        looks += 1
+    def engine_cpu_s(rank: int | None) -> float:
+        asked.append(rank)
         return 0.0
 
-    async def on_hang(reason: str) -> None:
-        raise AssertionError(reason)
-
-    watch = HangWatch(Heartbeat(HANG_S, STEP_S), load, engine_cpu_s, on_hang)
+    watch = HangWatch(partial(Heartbeat, HANG_S, STEP_S), loads, engine_cpu_s, _unexpected)
     for _ in range(3):
-        load.record(None, 1)
+        loads.of(0).record(None, 1)
         assert await watch.look() is None
-    assert looks == 0
+    assert asked == []
     assert await watch.look() is None
-    assert looks == 1
+    assert asked == [None]
+
+
+@pytest.mark.usefixtures("fast")
+async def test_the_steps_and_computation_of_one_rank_do_not_hide_the_silence_of_another() -> None:
+    """Each is judged by its own, and named."""
+    loads, told = loads_of(1, 3), asyncio.Queue[str]()
+
+    def engine_cpu_s(rank: int | None) -> float:
+        assert rank == 1, "rank 0 steps"
+        return 0.0
+
+    watch = HangWatch(partial(Heartbeat, 0.05, STEP_S), loads, engine_cpu_s, told.put)
+    watching = asyncio.create_task(watch.run())
+    while not watching.done():
+        loads.of(0).record(None, 1)
+        await asyncio.sleep(0)
+    assert told.get_nowait().startswith("data-parallel rank 1 of the engine hangs: 3 requests in it")
+
+
+async def test_an_engine_that_sleeps_is_not_asked() -> None:
+    """Its work waits because it was told to."""
+    loads, asked = loads_of(1, 1), list[int | None]()
+
+    def engine_cpu_s(rank: int | None) -> float:
+        asked.append(rank)
+        return 0.0
+
+    loads.asleep = True
+    watch = HangWatch(partial(Heartbeat, HANG_S, STEP_S), loads, engine_cpu_s, _unexpected)
+    assert [await watch.look() for _ in range(3)] == [None] * 3
+    assert asked == []
+    loads.asleep = False
+    await watch.look()
+    assert asked == [0, 1]

@@ -11,7 +11,7 @@ import pytest
 from fakes import WAIT_S
 from tandem_worker.config import WorkerSettings
 from tandem_worker.host import EngineHost
-from tandem_worker.load import EngineLoad
+from tandem_worker.load import EngineLoads
 from tandem_worker.status import WorkerState
 
 
@@ -49,7 +49,7 @@ def engine() -> Any:
 @pytest.fixture
 def host(engine: Any) -> Iterator[EngineHost]:
     """A started host."""
-    generator: Any = SimpleNamespace(engine=engine, load=EngineLoad())
+    generator: Any = SimpleNamespace(engine=engine, loads=EngineLoads())
     started = EngineHost(generator, WorkerSettings(drain_timeout_s=1), lambda: None)
     started.start()
     yield started
@@ -132,7 +132,7 @@ def test_a_sleeping_worker_is_told_and_sends_itself_nothing(host: EngineHost, en
     presence = announce(host)
 
     async def enter(state: WorkerState) -> tuple[bool, bool]:
-        return host.enter(state, "level 1"), host.generator.load.asleep
+        return host.enter(state, "level 1"), host.generator.loads.asleep
 
     assert host.run(enter(WorkerState.ASLEEP)).result(WAIT_S) == (True, True)
     assert (host.idle_s(), host.status().reason) == (0.0, "level 1")

@@ -31,7 +31,6 @@ def engine_config(**events: object) -> Any:
         model_config=SimpleNamespace(model="org/name"),
         cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=77),
         scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
         kv_events_config=SimpleNamespace(**{**kv_events, **events}),
     )
 
@@ -64,9 +63,8 @@ def test_the_record_is_the_engines_own() -> None:
 def test_each_rank_has_its_port() -> None:
     """vLLM adds the rank to the port; an address that is not `any` stays."""
     config = engine_config(endpoint="tcp://10.0.0.9:20080", replay_endpoint=None)
-    config.parallel_config.data_parallel_size = 2
-    assert build_record(SETTINGS, NAMES, config).event_sources == (
-        EventSource(dp_rank=0, endpoint="tcp://10.0.0.9:20080"), EventSource(dp_rank=1, endpoint="tcp://10.0.0.9:20081"),
+    assert build_record(SETTINGS, NAMES, config, (2, 3)).event_sources == (
+        EventSource(dp_rank=2, endpoint="tcp://10.0.0.9:20082"), EventSource(dp_rank=3, endpoint="tcp://10.0.0.9:20083"),
     )
 
 

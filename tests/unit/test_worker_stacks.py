@@ -83,6 +83,17 @@ def test_processor_time_of_the_engine(tmp_path: Path) -> None:
         wait_for(lambda: stacks.engine_cpu_s(is_cpu=True) > before + 0.2, WAIT_S, "a fifth of a second of computation")
 
 
+def test_processor_time_of_one_rank(tmp_path: Path) -> None:
+    """Its neighbour's computation is not its own; a rank without a process has none. vLLM's titles tell them apart."""
+    titled = "import setproctitle\nsetproctitle.setproctitle('VLLM::EngineCore_DP{}')\n"
+    with child(titled.format(1) + BUSY, tmp_path / "busy"), child(titled.format(11) + DEAF, tmp_path / "idle"):
+        wait_for(lambda: stacks.engine_cpu_s(1) > 0.2, WAIT_S, "a fifth of a second of rank 1")
+        before, total = stacks.engine_cpu_s(11), stacks.engine_cpu_s()
+        wait_for(lambda: stacks.engine_cpu_s() > total + 0.2, WAIT_S, "another one")
+        assert stacks.engine_cpu_s(11) == before
+        assert stacks.engine_cpu_s(0) == 0.0
+
+
 def test_the_guard_is_no_engine_process() -> None:
     """It is awake every two seconds, whatever the engine does."""
     command = [sys.executable, "-c", DEAF, "tandem_worker.guard"]

@@ -179,8 +179,3 @@ class Fleet:
         if not member.verified:
             return "its KV events are being checked"
         return "" if member.record.placeable else f"it is {member.record.state}"
-
-
-def slots_of(index: KvIndex, record: WorkerRecord) -> tuple[int, ...]:
-    """The worker's slots in the index, one per rank."""
-    return tuple(index.add_worker(record.id, rank) for rank in dp_ranks(record))

@@ -13,6 +13,7 @@ from typing import Any
 from tandem_protocol.errors import ConfigError
 from tandem_worker.config import REGISTERED_PORTS, WorkerSettings
 from tandem_worker.connectors import parse_connectors, transfer_config
+from tandem_worker.ranks import HEADLESS, check_cores, local_ranks
 
 GPU_BLOCK_SIZE = 16
 CPU_BLOCK_SIZE = 32
@@ -35,7 +36,11 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     Raises ConfigError for an unknown argument, a contradiction, or a model that is not named.
     """
     arguments = dict(given)
-    _refuse_unknown(arguments, platform.known_arguments)
+    local_ranks(arguments)  # says the fix, where vLLM would wait for ten minutes
+    _refuse_unknown(arguments, platform.known_arguments | {HEADLESS})
+    arguments.pop(HEADLESS, None)
+    if platform.is_cpu:
+        check_cores(settings.cpu_cores, arguments)
     _set_model(arguments, settings)
     _set_transfer(arguments, settings, platform)
     if settings.checkpoint_signal_file and not platform.is_cpu:
@@ -106,14 +111,15 @@ def _check_block_size(block_size: object, platform: Platform) -> None:
 def kv_events_config(settings: WorkerSettings, arguments: EngineArguments) -> dict[str, Any] | None:
     """vLLM's KVEventsConfig as a dict, or None where nobody should route by this worker's blocks.
 
-    vLLM adds the data-parallel rank to the port itself, so it is taken off here.
+    vLLM adds the data-parallel rank to the port itself, so the first one of this host is taken off here.
     """
     if not settings.publishes_kv_events or not arguments["enable_prefix_caching"]:
         return None
-    ranks = int(arguments.get("data_parallel_size") or 1)
-    port = settings.kv_event_port + settings.worker_index * ranks
-    if port + ranks - 1 > REGISTERED_PORTS[1]:
-        raise ConfigError(f"KV-event port {port + ranks - 1} is beyond {REGISTERED_PORTS[1]}: lower DYN_VLLM_KV_EVENT_PORT")
+    ranks = local_ranks(arguments)
+    port = ranks.first_port(settings.kv_event_port, settings.worker_index)
+    last = ranks.ports(settings.kv_event_port, settings.worker_index)[-1]
+    if last > REGISTERED_PORTS[1]:
+        raise ConfigError(f"KV-event port {last} is beyond {REGISTERED_PORTS[1]}: lower DYN_VLLM_KV_EVENT_PORT")
     return {
         "enable_kv_cache_events": True,
         "publisher": "zmq",

@@ -13,7 +13,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tandem_protocol.errors import ConfigError
 from tandem_worker.arguments import EngineArguments, Platform
-from tandem_worker.load import EngineLoad
+from tandem_worker.load import EngineLoads
 from tandem_worker.sleep_terms import Abilities
 
 
@@ -23,14 +23,14 @@ def detect_platform() -> Platform:
     return Platform(is_cpu=current_platform.is_cpu(), known_arguments=known)
 
 
-def build_engine(arguments: EngineArguments, load: EngineLoad) -> AsyncLLM:
+def build_engine(arguments: EngineArguments, loads: EngineLoads) -> AsyncLLM:
     """Starts an engine; blocks for as long as that takes. Raises ConfigError for arguments that vLLM refuses."""
     try:
         engine_args = AsyncEngineArgs(**_typed(arguments))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError, RuntimeError) as exc:
         raise ConfigError(f"vLLM refuses the engine arguments: {_first_line(exc)}") from exc
-    return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(load)],
+    return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(loads)],
                                      enable_log_requests=False, disable_log_stats=False)
 
 
@@ -58,16 +58,17 @@ def _first_line(exc: Exception) -> str:
     return " ".join(lines[:3]) or type(exc).__name__
 
 
-def _load_logger(load: EngineLoad) -> Any:
+def _load_logger(loads: EngineLoads) -> Any:
     class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM's classes are Any here
-        """Feeds EngineLoad; vLLM builds one per engine."""
+        """Feeds EngineLoads; vLLM builds one per data-parallel rank."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            del vllm_config, engine_index
+            del vllm_config
+            self._load = loads.of(engine_index)
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
             del mm_cache_stats, engine_idx
-            load.record(scheduler_stats, iteration_stats.num_generation_tokens if iteration_stats else 0)
+            self._load.record(scheduler_stats, iteration_stats.num_generation_tokens if iteration_stats else 0)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say: the worker reports readiness itself."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from tandem_worker.config import WorkerSettings
 from tandem_worker.guard import WORKER_TOKEN_VARIABLE
 from tandem_worker.parent_death import WORKER_PID_VARIABLE
+from tandem_worker.ranks import LocalRanks
 
 LOOPBACK = "127.0.0.1"
 OVERRIDABLE = {
@@ -24,7 +25,7 @@ def overridable(settings: WorkerSettings) -> dict[str, str]:
     return {**OVERRIDABLE, "TANDEM_KVBM_WORKER_ID": f"{host}-{settings.worker_index}"}
 
 
-def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, scratch: Path) -> dict[str, str]:
+def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, scratch: Path, ranks: LocalRanks) -> dict[str, str]:
     """Variables to set in the worker's process; its engine processes inherit them."""
     variables = {
         WORKER_TOKEN_VARIABLE: token,
@@ -35,7 +36,7 @@ def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, s
         # Engine processes must not inherit the stub's threads and locks.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": settings.side_channel_host or reachable_address(),
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(settings.side_channel_port + settings.worker_index),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ranks.first_port(settings.side_channel_port, settings.worker_index)),
     }
     if settings.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = settings.gpus

@@ -26,7 +26,7 @@ from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.roles import Role
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.config import WorkerSettings
-from tandem_worker.load import EngineLoad
+from tandem_worker.load import EngineLoads
 from tandem_worker.lora.adapters import Adapters
 from tandem_worker.lora.vllm_loras import lora_request
 from tandem_worker.pacing import stream_interval
@@ -46,7 +46,7 @@ class Generator:
 
     engine: AsyncLLM
     settings: WorkerSettings
-    load: EngineLoad
+    loads: EngineLoads
     adapters: Adapters
 
     async def serve(self, request: GenerationRequest, stream: ResponseStream, active: int) -> None:
@@ -67,9 +67,19 @@ class Generator:
             await leg.release()
 
     async def canary(self, request: GenerationRequest) -> None:
-        """Generates for nobody, on this engine alone: whatever the role, nothing is handed off or pulled. Raises what the engine raises."""
+        """Generates for nobody, on every rank of this engine: whatever the role, nothing is handed off or pulled. Raises what it raises."""
+        canaries = [asyncio.ensure_future(self._canary(request, rank)) for rank in self.loads.by_rank]
+        try:
+            await asyncio.gather(*canaries)
+        finally:
+            for canary in canaries:
+                canary.cancel()
+
+    async def _canary(self, request: GenerationRequest, rank: int) -> None:
         params = self._generation_params(parse_sampling(request.sampling), request, 1)
-        await _Leg(self, request).run(self._prompt(request), params, None, DEFAULT_PRIORITY, None)
+        leg = _Leg(self, request)
+        leg.choose_rank(rank)
+        await leg.run(self._prompt(request), params, None, DEFAULT_PRIORITY, None)
 
     @property
     def bos(self) -> int | None:
@@ -84,10 +94,10 @@ class Generator:
 
     async def _run_with(self, lora: LoRARequest | None, sampling: Sampling, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
-        leg.rank = sampling.data_parallel_rank
+        leg.choose_rank(sampling.data_parallel_rank)
         prompt = self._prompt(request)
         priority = request.priority or sampling.priority or DEFAULT_PRIORITY
-        interval = stream_interval(active, self.load.step_s, self.settings.response_rate) if request.stream else 1
+        interval = stream_interval(active, self.loads.step_s, self.settings.response_rate) if request.stream else 1
         params = self._generation_params(sampling, request, interval)
         if self.settings.effective_role is Role.PREFILL:
             stream.encode = encode_handoff
@@ -133,19 +143,23 @@ class _Leg:
     def __init__(self, generator: Generator, request: GenerationRequest) -> None:
         self.request = request
         self._engine = generator.engine
-        self._load = generator.load
+        self._loads = generator.loads
         self._unclaimed = request.handoff
-        self.rank: int | None = None
-        """Data-parallel rank that serves it; the engine chooses if None, and refuses one that it hasn't."""
+        self.choose_rank(None)
         traced = generator.engine.vllm_config.observability_config.otlp_traces_endpoint is not None
         self._trace = (request.trace or None) if traced else None  # vLLM warns about headers that it has no use for
+
+    def choose_rank(self, wanted: int | None) -> None:
+        """Before `run`, which counts it there. Raises RequestError for a rank that this worker doesn't serve."""
+        rank, self._place = self._loads.choose(wanted)  # vLLM counts ranks from the first one of this host
+        self._load = self._loads.of(rank)
 
     async def run(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None, priority: int,
                   stream: ResponseStream | None) -> None:
         """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled."""
         adding = asyncio.ensure_future(
             self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority,
-                                     trace_headers=self._trace, data_parallel_rank=self.rank)
+                                     trace_headers=self._trace, data_parallel_rank=self._place)
         )
         try:
             collector = await asyncio.shield(adding)

@@ -7,6 +7,8 @@ hang does not. So the engine hangs when it had work and for `hang_timeout_s` nei
 longer than `step_timeout_s` whatever it did. On a GPU the engine's own processes spin while they wait for the device, so there only
 the time of compilers counts (`stacks.engine_cpu_s`).
 
+Each data-parallel rank is judged by itself: its neighbours' steps and computation say nothing of it.
+
 Runs on the worker's event loop; its own lateness (a busy loop, a stub that was stopped) is not held against the engine.
 """
 
@@ -16,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from tandem_worker.load import EngineLoad
+from tandem_worker.load import EngineLoad, EngineLoads
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ class Pulse:
 class Heartbeat:
     """Judges one look after another; decides only, touches nothing."""
 
-    def __init__(self, hang_timeout_s: float, step_timeout_s: float) -> None:
+    def __init__(self, hang_timeout_s: float, step_timeout_s: float, name: str = "the engine") -> None:
+        self._name = name
         self._hang_timeout_s = hang_timeout_s
         self._step_timeout_s = step_timeout_s
         self._last: Pulse | None = None
@@ -66,26 +69,28 @@ class Heartbeat:
 
     def _verdict(self, in_engine: int) -> str | None:
         if self._silent_s >= self._hang_timeout_s:
-            return (f"the engine hangs: {in_engine} requests in it, and for {self._silent_s:.0f} s neither a step nor computation "
+            return (f"{self._name} hangs: {in_engine} requests in it, and for {self._silent_s:.0f} s neither a step nor computation "
                     "(TANDEM_HANG_TIMEOUT_S)")
         if self._stepless_s >= self._step_timeout_s:
-            return f"the engine hangs: {in_engine} requests in it, and a step that took {self._stepless_s:.0f} s (TANDEM_STEP_TIMEOUT_S)"
+            return f"{self._name} hangs: {in_engine} requests in it, and a step that took {self._stepless_s:.0f} s (TANDEM_STEP_TIMEOUT_S)"
         return None
 
 
 class HangWatch:
-    """Looks at an engine every second until it hangs."""
+    """Looks at every rank of an engine each second until one hangs."""
 
-    def __init__(self, heartbeat: Heartbeat, load: EngineLoad, engine_cpu_s: Callable[[], float],
+    def __init__(self, heartbeat: Callable[[str], Heartbeat], loads: EngineLoads, engine_cpu_s: Callable[[int | None], float],
                  on_hang: Callable[[str], Awaitable[None]]) -> None:
-        self._heartbeat = heartbeat
-        self._load = load
+        """`heartbeat` makes one for what it is called. `engine_cpu_s` is asked for a rank, or for None where there is only one."""
+        self._make = heartbeat
+        self._loads = loads
         self._engine_cpu_s = engine_cpu_s
         self._on_hang = on_hang
-        self._cpu_s = 0.0
+        self._heartbeats: dict[int, Heartbeat] = {}
+        self._cpu_s: dict[int, float] = {}
 
     async def run(self) -> None:
-        """Until the engine hangs and `on_hang` was told why."""
+        """Until a rank hangs and `on_hang` was told why."""
         reason = None
         while reason is None:
             await asyncio.sleep(INTERVAL_S)
@@ -96,8 +101,17 @@ class HangWatch:
         await self._on_hang(reason)
 
     async def look(self) -> str | None:
-        """One look; processor time is read, off the loop, only for an engine that stands still."""
-        steps, in_engine = self._load.steps, 0 if self._load.asleep else self._load.in_engine
-        if self._heartbeat.stands_still(steps, in_engine):
-            self._cpu_s = await asyncio.to_thread(self._engine_cpu_s)
-        return self._heartbeat.look(Pulse(time.monotonic(), steps, in_engine, self._cpu_s))
+        """One look at each rank; the first that hangs."""
+        loads = self._loads.by_rank
+        reasons = [await self._look_at(rank, load, alone=len(loads) == 1) for rank, load in loads.items()]
+        return next((reason for reason in reasons if reason), None)
+
+    async def _look_at(self, rank: int, load: EngineLoad, *, alone: bool) -> str | None:
+        """Processor time is read, off the loop, only of a rank that stands still."""
+        heartbeat = self._heartbeats.get(rank)
+        if heartbeat is None:
+            heartbeat = self._heartbeats[rank] = self._make("the engine" if alone else f"data-parallel rank {rank} of the engine")
+        steps, in_engine = load.steps, 0 if self._loads.asleep else load.in_engine
+        if heartbeat.stands_still(steps, in_engine):
+            self._cpu_s[rank] = await asyncio.to_thread(self._engine_cpu_s, None if alone else rank)
+        return heartbeat.look(Pulse(time.monotonic(), steps, in_engine, self._cpu_s.get(rank, 0.0)))

@@ -7,6 +7,7 @@ The engine is built on the main thread: the kernel ties engine processes to the 
 """
 
 import asyncio
+import functools
 import itertools
 import logging
 import threading
@@ -27,7 +28,7 @@ from tandem_worker.generation import Generator
 from tandem_worker.heartbeat import HangWatch, Heartbeat
 from tandem_worker.registration import Presence, Unregistered
 from tandem_worker.stacks import dump_stacks, engine_cpu_s
-from tandem_worker.status import WorkerState, WorkerStatus
+from tandem_worker.status import RankStatus, WorkerState, WorkerStatus
 from tandem_worker.tiers import ask_tiers
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,15 @@ class EngineHost:
     """Serves requests on one engine until `shutdown`."""
 
     def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None],
-                 engine_cpu_s: Callable[[], float] = engine_cpu_s) -> None:
+                 engine_cpu_s: Callable[[int | None], float] = engine_cpu_s) -> None:
         self.generator = generator
         self.settings = settings
         self._state = WorkerState.STARTING
         self._reason: str | None = None
         self._presence: Presence = Unregistered()
         self._on_engine_death = on_engine_death
-        heartbeat = Heartbeat(settings.hang_timeout_s, settings.step_timeout_s)
-        self._hang_watch = HangWatch(heartbeat, generator.load, engine_cpu_s, self._hangs)
+        heartbeat = functools.partial(Heartbeat, settings.hang_timeout_s, settings.step_timeout_s)
+        self._hang_watch = HangWatch(heartbeat, generator.loads, engine_cpu_s, self._hangs)
         self._outbox = Outbox()
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
@@ -110,10 +111,15 @@ class EngineHost:
 
     def status(self) -> WorkerStatus:
         """A snapshot for the admin server."""
-        load = self.generator.load
+        load = self.generator.loads
         return WorkerStatus(state=self.state, role=self.settings.effective_role, active=len(self._active), running=load.running,
                             waiting=load.waiting, kv_usage=load.kv_usage, step_s=load.step_s, registration=self._presence.status,
-                            reason=self._reason)
+                            reason=self._reason, ranks=self._ranks())
+
+    def _ranks(self) -> tuple[RankStatus, ...]:
+        loads = self.generator.loads.by_rank
+        ranks = (RankStatus(rank, load.in_engine, load.running, load.waiting, load.kv_usage, load.step_s) for rank, load in loads.items())
+        return tuple(ranks) if len(loads) > 1 else ()
 
     def idle_s(self) -> float:
         """For how long no request has been in flight."""
@@ -142,7 +148,7 @@ class EngineHost:
         if self._lost:
             return False
         self._reason = reason
-        self.generator.load.asleep = state is WorkerState.ASLEEP
+        self.generator.loads.asleep = state is WorkerState.ASLEEP
         self.state = state
         return True
 

@@ -54,8 +54,11 @@ class WorkerNames:
     loras: tuple[str, ...] = ()
 
 
-def build_record(settings: WorkerSettings, names: WorkerNames, config: Any) -> WorkerRecord:
-    """The record of a ready worker; `config` is the engine's own VllmConfig, after its engine cores have started."""
+def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, ranks: tuple[int, ...] = (0,)) -> WorkerRecord:
+    """The record of a ready worker; `config` is the engine's own VllmConfig, after its engine cores have started.
+
+    `ranks`: those that it serves here. vLLM has added up their blocks by then.
+    """
     return WorkerRecord(
         id=f"{names.triton_model}-{names.start_token}",
         role=settings.effective_role,
@@ -64,7 +67,7 @@ def build_record(settings: WorkerSettings, names: WorkerNames, config: Any) -> W
         grpc_url=settings.grpc_url,
         triton_model=names.triton_model,
         admin_url=_admin_url(settings, names.admin_port),
-        event_sources=_event_sources(config, reachable_host(settings), settings.effective_consolidated_port),
+        event_sources=_event_sources(config.kv_events_config, ranks, reachable_host(settings), settings.effective_consolidated_port),
         block_size=int(config.cache_config.block_size),
         total_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_num_seqs=int(config.scheduler_config.max_num_seqs),
@@ -86,15 +89,13 @@ def _admin_url(settings: WorkerSettings, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def _event_sources(config: Any, host: str, consolidated_port: int) -> tuple[EventSource, ...]:
+def _event_sources(events: Any, ranks: tuple[int, ...], host: str, consolidated_port: int) -> tuple[EventSource, ...]:
     """One per data-parallel rank: vLLM adds the rank to the port of a TCP endpoint (`ZmqEventPublisher.offset_endpoint_port`).
 
     A consolidator has one endpoint for all ranks. Without events of the engine's there is nothing for it to publish.
     """
-    events = config.kv_events_config
     if events is None or not events.enable_kv_cache_events or events.publisher != "zmq":
         return ()
-    ranks = range(int(config.parallel_config.data_parallel_size))
     if consolidated_port:
         return tuple(_consolidated(host, consolidated_port, rank, len(ranks)) for rank in ranks)
 

@@ -17,6 +17,8 @@ DUMP_SIGNAL = signal.SIGUSR2
 _STDERR = 2
 _ENGINE_PREFIX = "VLLM::"
 """How vLLM names its processes."""
+_CORE = "EngineCore_DP"
+"""And the root of a data-parallel rank's, with the rank's number behind it."""
 _GUARD = "tandem_worker.guard"
 
 
@@ -25,12 +27,12 @@ def answer_signal() -> None:
     faulthandler.register(DUMP_SIGNAL, file=_STDERR, all_threads=True, chain=False)
 
 
-def engine_cpu_s(*, is_cpu: bool = True) -> float:
-    """Seconds of processor time that this worker's engine has used, with those of its finished children.
+def engine_cpu_s(dp_rank: int | None = None, *, is_cpu: bool = True) -> float:
+    """Seconds of processor time that this worker's engine has used, or one rank of it, with those of its finished children.
 
     Where the model computes on a GPU, the engine's own processes don't count: they spin while they wait.
     """
-    return sum(_cpu_s(process, own=is_cpu) for process in _engine_processes())
+    return sum(_cpu_s(process, own=is_cpu) for process in _engine_processes(dp_rank))
 
 
 def dump_stacks() -> list[str]:
@@ -39,14 +41,29 @@ def dump_stacks() -> list[str]:
     return [_ask(process) for process in _engine_processes()]
 
 
-def _engine_processes() -> Iterator[psutil.Process]:
-    """Every descendant of this process but the guard."""
-    for process in psutil.Process().children(recursive=True):
+def _engine_processes(dp_rank: int | None = None) -> Iterator[psutil.Process]:
+    """Every descendant of this process but the guard; of a rank, those from its EngineCore on, none if that is gone."""
+    for process in _family(dp_rank):
         try:
             if _GUARD not in process.cmdline():
                 yield process
         except psutil.NoSuchProcess:
             continue
+
+
+def _family(dp_rank: int | None) -> list[psutil.Process]:
+    if dp_rank is None:
+        return list(psutil.Process().children(recursive=True))
+    cores = [process for process in psutil.Process().children() if _is_core(process, dp_rank)]
+    return [process for core in cores for process in (core, *core.children(recursive=True))]
+
+
+def _is_core(process: psutil.Process, dp_rank: int) -> bool:
+    """By its title, which vLLM writes over the command; the kernel's own name of a process has 15 letters only."""
+    try:
+        return f"{_ENGINE_PREFIX}{_CORE}{dp_rank}" in " ".join(process.cmdline()).split()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _cpu_s(process: psutil.Process, *, own: bool) -> float:

@@ -25,6 +25,18 @@ class WorkerState(StrEnum):
 
 
 @dataclass(frozen=True)
+class RankStatus:
+    """One data-parallel rank, in the terms of WorkerStatus; `in_engine` counts what it was handed and has not ended."""
+
+    dp_rank: int
+    in_engine: int
+    running: int
+    waiting: int
+    kv_usage: float
+    step_s: float
+
+
+@dataclass(frozen=True)
 class WorkerStatus:
     """A snapshot of one worker.
 
@@ -43,8 +55,10 @@ class WorkerStatus:
     """Whether discovery holds this worker; None, and absent in `/health`, without discovery."""
     reason: str | None = None
     """Why it is not ready, where there is more to say than the state; absent in `/health` otherwise."""
+    ranks: tuple[RankStatus, ...] = ()
+    """Each data-parallel rank; absent in `/health` where there is only one."""
 
     def as_json(self, model: str) -> dict[str, Any]:
         """The body of `/health`."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        fields = {name: value for name, value in asdict(self).items() if value not in (None, ())}
         return {"status": fields.pop("state"), "model": model, **fields}

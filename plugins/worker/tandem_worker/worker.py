@@ -30,6 +30,7 @@ from tandem_worker.lmcache_metrics import lmcache_metrics
 from tandem_worker.lora.adapter import static_adapters
 from tandem_worker.lora.adapters import CHANGEABLE
 from tandem_worker.lora.routes import lora_routes
+from tandem_worker.ranks import local_ranks
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 from tandem_worker.shared_memory import sweep_host_tiers
@@ -75,7 +76,7 @@ class Worker:
         for name, value in overridable(self.settings).items():
             os.environ.setdefault(name, value)
         os.environ.update(self._engine_logging())
-        os.environ.update(engine_environment(self.settings, token=token, stub_pid=os.getpid(), scratch=self._scratch))
+        os.environ.update(self._environment(token))
         self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
         self.host = self._build_host()
         self.host.start()
@@ -106,6 +107,10 @@ class Worker:
             say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    def _environment(self, token: str) -> dict[str, str]:
+        ranks = local_ranks(self._given_arguments())
+        return engine_environment(self.settings, token=token, stub_pid=os.getpid(), scratch=self._scratch, ranks=ranks)
+
     def _engine_logging(self) -> dict[str, str]:
         """vLLM's lines have our format and its own filter, unless its own variables say otherwise."""
         variables = logs.engine_variables(logs.load_settings(), self._scratch / "logging.json")
@@ -116,7 +121,7 @@ class Worker:
         from tandem_worker.arguments import complete
         from tandem_worker.engine import build_engine, detect_platform
         from tandem_worker.generation import Generator
-        from tandem_worker.load import EngineLoad
+        from tandem_worker.load import EngineLoads
         from tandem_worker.lora.assembly import build_adapters
 
         for path in sweep_host_tiers():
@@ -125,12 +130,12 @@ class Worker:
         arguments = complete(self._given_arguments(), self.settings, platform)
         if platform.is_cpu:
             os.environ[CPU_ENGINE_VARIABLE] = "nixl" if self.settings.effective_role.is_disaggregated else "1"
-        load = EngineLoad()
+        loads = EngineLoads()
         listed = static_adapters(self._model_dir)
-        engine = build_engine(arguments, load)
+        engine = build_engine(arguments, loads)
         adapters = build_adapters(engine, self.settings, listed)
         cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
-        host = EngineHost(Generator(engine, self.settings, load, adapters), self.settings, self._end_server, cpu_s)
+        host = EngineHost(Generator(engine, self.settings, loads, adapters), self.settings, self._end_server, cpu_s)
         adapters.rest_while(lambda: "" if host.state in CHANGEABLE else host.state)
         return host
 
@@ -195,7 +200,7 @@ class Worker:
     async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
         names = WorkerNames(self._model_name, token, admin_port, host.generator.adapters.names)
-        record = build_record(self.settings, names, host.generator.engine.vllm_config)
+        record = build_record(self.settings, names, host.generator.engine.vllm_config, tuple(host.generator.loads.by_rank))
         presence = RegisteredPresence(open_discovery(self.settings.discovery), record)
         host.announce(presence)
         host.generator.adapters.follow(presence.carry)

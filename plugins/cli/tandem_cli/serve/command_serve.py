@@ -37,6 +37,7 @@ from tandem_router.config import load_settings as load_router_settings
 from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.connectors import parse_connectors, transfer_config
+from tandem_worker.ranks import local_ranks
 
 _FOLLOW_POLL_S = 0.2
 
@@ -114,16 +115,17 @@ def _ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
         Port(options.grpc_port, "gRPC", "--grpc-port"),
         Port(options.metrics_port, "metrics", "--metrics-port"),
     ]
+    ranks = local_ranks(options.engine_arguments)
     for worker in settings:
         if worker.effective_admin_port > 0:
             ports.append(Port(worker.effective_admin_port, f"admin of worker {worker.worker_index}", "--admin-port"))
         if worker.publishes_kv_events:
-            event_port = worker.kv_event_port + worker.worker_index * int(options.engine_arguments.get("data_parallel_size", 1))
-            ports.append(Port(event_port, f"KV events of worker {worker.worker_index}", "--kv-event-port"))
-            ports.append(Port(event_port + REPLAY_PORT_OFFSET, f"KV-event replay of worker {worker.worker_index}", "--kv-event-port"))
+            for port in ranks.ports(worker.kv_event_port, worker.worker_index):
+                ports.append(Port(port, f"KV events of worker {worker.worker_index}", "--kv-event-port"))
+                ports.append(Port(port + REPLAY_PORT_OFFSET, f"KV-event replay of worker {worker.worker_index}", "--kv-event-port"))
         if worker.effective_role is Role.PREFILL:
-            side_port = worker.side_channel_port + worker.worker_index
-            ports.append(Port(side_port, f"NIXL of worker {worker.worker_index}", "--side-channel-port"))
+            side_ports = ranks.ports(worker.side_channel_port, worker.worker_index)
+            ports += [Port(port, f"NIXL of worker {worker.worker_index}", "--side-channel-port") for port in side_ports]
     return ports
 
 

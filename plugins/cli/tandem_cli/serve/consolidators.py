@@ -12,6 +12,7 @@ from tandem_cli.serve.preflight import Port
 from tandem_kvbm.consolidator.config import PUBLISH_OFFSET, load_settings, wanted
 from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import CONSOLIDATED_PORT_VARIABLE, WorkerSettings
+from tandem_worker.ranks import local_ranks
 
 _STREAM_OPTION, _ADMIN_OPTION = "DYN_KVBM_LEADER_ZMQ_PUB_PORT", "TANDEM_CONSOLIDATOR_ADMIN_PORT"
 
@@ -38,15 +39,16 @@ def plan_sidecars(workers: Sequence[WorkerSettings], arguments: Mapping[str, Any
                   folder: RunFolder) -> tuple[Sidecar, ...]:
     """One for each worker that wants one. Raises ConfigError.
 
-    None if the engine's events are configured by hand, or the caller's environment says that somebody else consolidates.
+    None if the engine's events are configured by hand, or the caller's environment says that somebody else consolidates; and none
+    for ranks that begin above 0, since a consolidator counts them from there.
     """
-    if arguments.get("kv_events_config") is not None or environment.get(CONSOLIDATED_PORT_VARIABLE):
+    ranks = local_ranks(arguments)
+    if arguments.get("kv_events_config") is not None or environment.get(CONSOLIDATED_PORT_VARIABLE) or ranks.first:
         return ()
     caching = arguments.get("enable_prefix_caching") is not False
-    ranks = int(arguments.get("data_parallel_size") or 1)
     settings = load_settings({}, environment)
     return tuple(
-        _sidecar(worker, ranks, environment, folder) for worker in workers
+        _sidecar(worker, ranks.count, environment, folder) for worker in workers
         if wanted(settings, worker.effective_connectors, prefix_caching=caching, publishes=worker.publishes_kv_events)
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem_protocol.errors import ConfigError
+from tandem_worker.ranks import HEADLESS
 
 _ARGUMENT_CLASSES = frozenset({"EngineArgs", "AsyncEngineArgs"})
 
@@ -53,7 +54,7 @@ def _value(text: str) -> Any:
 
 def _check_known(name: str) -> None:
     known = known_engine_arguments()
-    if known and name not in known:
+    if known and name not in known and name != HEADLESS:  # which is refused by name, with a reason
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "see vLLM's engine arguments"
         raise ConfigError(f"unknown argument --{name.replace('_', '-')}: {hint}")

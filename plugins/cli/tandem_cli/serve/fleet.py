@@ -7,6 +7,7 @@ from typing import Any
 
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
+from tandem_worker.ranks import engine_processes
 
 ROUTER = "router"
 MEMORY_SHARE = 0.9
@@ -140,21 +141,22 @@ def _on_cores(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str
     Without compilation by default: it triples the start of a CPU engine for some 10-30 % of speed. In float32 on cores without
     bfloat16 instructions, which emulate them at less than half the speed.
     """
-    cores = hardware.cores
-    share = max(1, len(cores) // len(workers))
+    cores, groups = hardware.cores, engine_processes(arguments)
+    share = max(1, len(cores) // (len(workers) * groups))
     own_arguments = {"enforce_eager": True, **({} if hardware.fast_bf16 else {"dtype": "float32"}), **arguments}
     placed = []
     for i, worker in enumerate(workers):
-        own = [cores[(i * share + k) % len(cores)] for k in range(share)]
-        placed.append(WorkerPlan(worker.name, worker.role, worker.index, cores=",".join(map(str, own)), arguments=dict(own_arguments)))
+        own = [[cores[((i * groups + group) * share + k) % len(cores)] for k in range(share)] for group in range(groups)]
+        named = "|".join(",".join(map(str, group)) for group in own)
+        placed.append(WorkerPlan(worker.name, worker.role, worker.index, cores=named, arguments=dict(own_arguments)))
     return placed
 
 
 def _on_gpus(workers: list[WorkerPlan], gpus: int, arguments: dict[str, Any]) -> list[WorkerPlan]:
-    """`tensor_parallel_size` GPUs per engine, in turn; engines that meet on a GPU share its memory."""
-    per_engine = int(arguments.get("tensor_parallel_size", 1)) * int(arguments.get("pipeline_parallel_size", 1))
+    """As many GPUs per engine as its parallelism needs, in turn; engines that meet on a GPU share its memory."""
+    per_engine = engine_processes(arguments)
     if per_engine > gpus:
-        raise ConfigError(f"one engine needs {per_engine} GPUs, this host has {gpus}: lower --tensor-parallel-size")
+        raise ConfigError(f"one engine needs {per_engine} GPUs, this host has {gpus}: lower --tensor-parallel-size or --data-parallel-size")
     slots = gpus // per_engine
     sharing = -(-len(workers) // slots)
     placed = []

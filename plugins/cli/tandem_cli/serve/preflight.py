@@ -13,6 +13,7 @@ import psutil
 
 from tandem_cli.serve.fleet import Fleet, Hardware
 from tandem_protocol.errors import ConfigError
+from tandem_worker.ranks import local_ranks
 
 GIB = 1 << 30
 ENGINE_BYTES = int(2.5 * GIB)
@@ -126,10 +127,11 @@ def check_memory(fleet: Fleet, model: str, kv_space_bytes: int, available_bytes:
     """Whether host memory holds a CPU fleet: engines, weights and KV space. Raises ConfigError."""
     available = available_memory() if available_bytes is None else available_bytes
     per_engine = ENGINE_BYTES + weights_bytes(Path(model)) + kv_space_bytes
-    needed = per_engine * len(fleet.workers)
+    engines = sum(local_ranks(worker.arguments).count for worker in fleet.workers)
+    needed = per_engine * engines
     if needed > available:
         raise ConfigError(
-            f"{len(fleet.workers)} engines need about {needed / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are free: "
+            f"{engines} engines need about {needed / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are free: "
             f"use --mode agg, a smaller model, or a smaller VLLM_CPU_KVCACHE_SPACE (now {kv_space_bytes / GIB:g} GiB each)"
         )
 
