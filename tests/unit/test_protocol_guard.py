@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard of a stub that has no engine, on real processes: a dummy server, and a dummy stub that starts the guard."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from fakes import WAIT_S
+from tandem_protocol import guard as guards
 
 IDLE = "import signal; print('up', flush=True); signal.pause()"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {IDLE}"
@@ -85,3 +87,22 @@ def test_nothing_is_killed_after_a_goodbye(scene: Scene) -> None:
     scene.stub.stdin.flush()
     assert line_of(scene.stub) == "0\n"
     assert scene.stub.poll() is scene.server.poll() is None
+
+
+def test_a_guard_that_does_not_answer_goodbye_is_killed() -> None:
+    """A stopped one would stay for ever."""
+    guard = guards.start_guard(os.getpid(), os.getpid(), 1.0)
+    guard.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, guard.pid, os.WSTOPPED | os.WNOWAIT)
+    guards.say_goodbye(guard, 0.05)
+    assert guard.returncode == -signal.SIGKILL
+
+
+def test_a_look_that_fails_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """And the guard goes on."""
+
+    def look() -> None:
+        raise PermissionError("/proc/1/maps")
+
+    guards.try_to(look)
+    assert "tandem guard: it failed to look at the processes, and goes on: PermissionError" in capfd.readouterr().err

@@ -45,9 +45,13 @@ def spawn(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
 
 
 def say_goodbye(guard: "subprocess.Popen[bytes]", timeout_s: float) -> None:
-    """Ends a guard whose process has nothing left to clean up."""
-    with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-        guard.communicate(GOODBYE, timeout=timeout_s)
+    """Ends a guard whose process has nothing left to clean up; one that doesn't answer, being stopped or stuck, is killed."""
+    with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):  # the second of one that can't even be killed
+        try:
+            guard.communicate(GOODBYE, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            guard.kill()
+            guard.wait(_KILL_WAIT_S)
 
 
 def await_end(server_pid: int, look: Callable[[], None] = lambda: None) -> End:
@@ -60,10 +64,18 @@ def await_end(server_pid: int, look: Callable[[], None] = lambda: None) -> End:
     poll.register(server, select.POLLIN)
     poll.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
     while not (ready := {fd for fd, _ in poll.poll(_LOOK_INTERVAL_S * 1000)}):
-        look()
+        try_to(look)
     if sys.stdin.fileno() in ready and os.read(sys.stdin.fileno(), len(GOODBYE)) == GOODBYE:
         return End.GOODBYE
     return End.SERVER if server in ready else End.STUB
+
+
+def try_to(look: Callable[[], None]) -> None:
+    """A look that fails is said, and no end of the guard, on whom others' lives depend."""
+    try:
+        look()
+    except Exception as exc:
+        say(f"it failed to look at the processes, and goes on: {exc!r}")
 
 
 def end_server(pid: int, timeout_s: float) -> None:

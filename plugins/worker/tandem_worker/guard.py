@@ -86,7 +86,7 @@ def watch(ward: Ward) -> None:
 
 def clean_up(ward: Ward, *, server_died: bool) -> None:
     """Kills what is left of the worker, removes its files, and ends a server that lost its stub."""
-    ward.look()
+    guard.try_to(ward.look)
     guard.say(f"{'tritonserver' if server_died else 'the stub'} died: killing the engine and removing its shared memory")
     if server_died:
         guard.kill([ward.stub_pid])
