@@ -10,6 +10,7 @@ import pytest
 
 from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.consolidator.config import ConsolidatorSettings
+from tandem_planner.service_config import ServiceSettings
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
 from tandem_router.config import RouterSettings
@@ -17,7 +18,7 @@ from tandem_worker.config import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
-SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings)
+SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, ServiceSettings)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,8 @@ def test_every_setting_is_documented_with_its_default(settings: type[Any], name:
     assert row in (ROOT / "docs" / "configuration.md").read_text()
 
 
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md",
+             "benchmarks/README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

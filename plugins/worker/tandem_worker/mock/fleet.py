@@ -47,7 +47,8 @@ class Fleet:
         base = chosen.event_port + 2 * index if chosen.event_port else 0
         publisher = EventPublisher(chosen.host, base, base and base + 1) if chosen.events else None
         die_after = chosen.die_after if index == chosen.die_worker else 0
-        return MockWorker(f"{chosen.name}_{index}", worker_id, MockEngine(chosen.engine, chosen.timing), publisher, die_after,
+        name = chosen.name if chosen.exact_name else f"{chosen.name}_{index}"
+        return MockWorker(name, worker_id, MockEngine(chosen.engine, chosen.timing), publisher, die_after,
                           chosen.response_rate)
 
     def find(self, model: str) -> MockWorker | None:

@@ -34,6 +34,8 @@ class MockOptions:
     """Responses per second over all streams of a worker, beyond which tokens share responses as in a real one; 0 for no bound."""
     die_after: int = 0
     die_worker: int = 0
+    exact_name: bool = False
+    """The one worker's model name is `name` itself, as Triton has it."""
 
 
 def parse(argv: Sequence[str] | None = None) -> MockOptions:
