@@ -78,7 +78,7 @@ class Generator:
     async def _canary(self, request: GenerationRequest, rank: int) -> None:
         params = self._generation_params(parse_sampling(request.sampling), request, 1)
         leg = _Leg(self, request)
-        leg.choose_rank(rank)
+        leg.rank = rank
         await leg.run(self._prompt(request), params, None, DEFAULT_PRIORITY, None)
 
     @property
@@ -94,7 +94,7 @@ class Generator:
 
     async def _run_with(self, lora: LoRARequest | None, sampling: Sampling, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
-        leg.choose_rank(sampling.data_parallel_rank)
+        leg.rank = sampling.data_parallel_rank
         prompt = self._prompt(request)
         priority = request.priority or sampling.priority or DEFAULT_PRIORITY
         interval = stream_interval(active, self.loads.step_s, self.settings.response_rate) if request.stream else 1
@@ -145,21 +145,30 @@ class _Leg:
         self._engine = generator.engine
         self._loads = generator.loads
         self._unclaimed = request.handoff
-        self.choose_rank(None)
+        self.rank: int | None = None
+        """Data-parallel rank that serves it; chosen by the first run unless the request names one."""
         traced = generator.engine.vllm_config.observability_config.otlp_traces_endpoint is not None
         self._trace = (request.trace or None) if traced else None  # vLLM warns about headers that it has no use for
 
-    def choose_rank(self, wanted: int | None) -> None:
-        """Before `run`, which counts it there. Raises RequestError for a rank that this worker doesn't serve."""
-        rank, self._place = self._loads.choose(wanted)  # vLLM counts ranks from the first one of this host
-        self._load = self._loads.of(rank)
-
     async def run(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None, priority: int,
                   stream: ResponseStream | None) -> None:
-        """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled."""
+        """Submits and pushes every output to `stream` (None: drops them). Aborts on the engine when cancelled.
+
+        Raises RequestError for a rank that this worker doesn't serve.
+        """
+        self.rank, place = self._loads.choose(self.rank)
+        load = self._loads.of(self.rank)
+        load.in_engine += 1  # before the first wait, so that a burst spreads over the ranks
+        try:
+            await self._follow(await self._add(prompt, params, lora, priority, place), stream)
+        finally:
+            load.in_engine -= 1
+
+    async def _add(self, prompt: Any, params: SamplingParams, lora: LoRARequest | None, priority: int, place: int) -> Any:
+        """Hands the request to the engine; `place`: that of the rank among those of this host, by which vLLM counts."""
         adding = asyncio.ensure_future(
             self._engine.add_request(self.request.request_id, prompt, params, lora_request=lora, priority=priority,
-                                     trace_headers=self._trace, data_parallel_rank=self._place)
+                                     trace_headers=self._trace, data_parallel_rank=place)
         )
         try:
             collector = await asyncio.shield(adding)
@@ -170,7 +179,9 @@ class _Leg:
             await self._engine.abort(collector.request_id, internal=True)
             raise
         self._unclaimed = None
-        self._load.in_engine += 1
+        return collector
+
+    async def _follow(self, collector: Any, stream: ResponseStream | None) -> None:
         try:
             finished = False
             while not finished:
@@ -182,7 +193,6 @@ class _Leg:
             await self._engine.abort(collector.request_id, internal=True)
             raise
         finally:
-            self._load.in_engine -= 1
             collector.close()
 
     async def release(self) -> None:

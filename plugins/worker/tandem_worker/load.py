@@ -26,7 +26,7 @@ class EngineLoad:
     steps: int = 0
     """Steps that the engine has told of since its start: its pulse."""
     in_engine: int = 0
-    """Requests that were handed to the engine and have not ended; counted by whoever hands them over."""
+    """Requests that were, or are being, handed to the engine and have not ended; counted by whoever hands them over."""
     now: Callable[[], float] = time.monotonic
     _last_step: float = field(default=0.0, repr=False)
 
