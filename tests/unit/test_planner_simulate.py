@@ -13,6 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem_planner.config import PlannerConfig
+from tandem_planner.predict.arima import ArimaPredictor
+from tandem_planner.predict.forecast import Forecaster, TrafficHistory
+from tandem_planner.predict.kalman import KalmanPredictor
+from tandem_planner.predict.series import ConstantPredictor, Point
 from tandem_planner.simulate.analytic import Roofline
 from tandem_planner.simulate.fleet import Fleet, FleetSettings
 from tandem_planner.simulate.load import Lengths, Load, arrivals, constant, parse_shape
@@ -303,3 +308,15 @@ def test_limits_of_an_engine_bound_its_batch() -> None:
     fleet = FleetSettings(limits=EngineLimits(max_num_seqs=2))
     ends = sorted(request.end_s for request in static(one(100, 200, count=4), fleet, sizes(Mode.DISAGGREGATED, 4, 1)).requests)
     assert ends[2] - ends[1] > 100 * Roofline().decode_s(0, 200)
+
+
+def test_traffic_is_foreseen_for_the_time_at_which_a_new_worker_serves() -> None:
+    """On a line every predictor that knows slopes goes on along it for a start more; the constant one can't."""
+    step_s, points = 30.0, [Point(30.0 * number, 10.0 + number) for number in range(30)]
+    assert KalmanPredictor().ahead(points, step_s, 3.0) == pytest.approx(42.0, abs=0.5)
+    assert ArimaPredictor().ahead(points, step_s, 3.0) == pytest.approx(42.0, abs=0.5)
+    assert ConstantPredictor().ahead(points, step_s, 3.0) == 39.0
+    config = PlannerConfig(adjustment_interval=30.0, worker_start=60.0)
+    demand, degraded = Forecaster(config).next(TrafficHistory(tuple(points), tuple(points), tuple(points)))
+    assert demand.requests_per_s == pytest.approx(42.0, abs=0.5)
+    assert not degraded

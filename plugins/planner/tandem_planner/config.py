@@ -59,6 +59,10 @@ class PlannerConfig:
         env="TANDEM_PLANNER_ADJUSTMENT_INTERVAL", default=180.0, parse=parse_float(1, 86_400), unit="s",
         help="Time between two plans from the traffic; Dynamo's, several times the start of a worker.",
     )
+    worker_start: float = setting(
+        env="TANDEM_PLANNER_WORKER_START", default=60.0, parse=parse_float(0, 86_400), unit="s",
+        help="Time from a decision until a new worker takes requests: traffic is foreseen so far beyond the next interval.",
+    )
     load_interval: float = setting(
         env="TANDEM_PLANNER_LOAD_INTERVAL", default=5.0, parse=parse_float(0.1, 3600), unit="s",
         help="Time between two looks at queues and KV use: a burst must not wait for the next plan.",

@@ -59,12 +59,16 @@ class Forecaster:
 
     def __init__(self, config: PlannerConfig) -> None:
         self._step_s = config.adjustment_interval
+        self._steps = 1 + config.worker_start / config.adjustment_interval
         self._log1p = config.load_predictor_log1p
         self._predictors: dict[str, Predictor] = {name: make_predictor(config) for name in ("requests_per_s", "isl", "osl")}
         self._warned = False
 
     def next(self, history: TrafficHistory, cached_fraction: float = 0.0) -> tuple[Demand, bool]:
-        """The next interval's demand, and whether some series was degraded. The history has at least one point."""
+        """The demand of the interval in which workers that are asked for now would serve, and whether some series was degraded.
+
+        The history has at least one point.
+        """
         rate, isl, osl = (self._foresee(name, getattr(history, name)) for name in ("requests_per_s", "isl", "osl"))
         demand = Demand(rate.value, _as_seen(isl, history.isl), _as_seen(osl, history.osl), cached_fraction)
         return demand, rate.degraded or isl.degraded or osl.degraded
@@ -76,7 +80,7 @@ class Forecaster:
         if len(points) < predictor.least_points:
             return Foreseen(points[-1].value)
         try:
-            found = self._predict(predictor, points)
+            found = self._predict(predictor, points, self._steps if name == "requests_per_s" else 1.0)
         except Exception as exc:  # numerics of a library may raise anything, and the last value is better than no plan
             return self._degraded(name, points, f"{type(exc).__name__}: {exc}")
         highest = HIGHEST * max(point.value for point in points[-LATELY:])
@@ -84,11 +88,11 @@ class Forecaster:
             return self._degraded(name, points, f"it foresaw {found:g}")
         return Foreseen(max(0.0, found))
 
-    def _predict(self, predictor: Predictor, points: Sequence[Point]) -> float:
+    def _predict(self, predictor: Predictor, points: Sequence[Point], steps: float) -> float:
         if not self._log1p:
-            return predictor.predict(points, self._step_s)
+            return predictor.ahead(points, self._step_s, steps)
         logs = [Point(point.at_s, math.log1p(max(0.0, point.value))) for point in points]
-        return math.expm1(min(predictor.predict(logs, self._step_s), 700.0))
+        return math.expm1(min(predictor.ahead(logs, self._step_s, steps), 700.0))
 
     def _degraded(self, name: str, points: Sequence[Point], why: str) -> Foreseen:
         if not self._warned:

@@ -47,6 +47,10 @@ class KalmanPredictor(Predictor):
 
     def predict(self, history: Sequence[Point], step_s: float) -> float:
         """Level plus slope; the last value while there are fewer than `min_points`."""
+        return self.ahead(history, step_s, 1.0)
+
+    def ahead(self, history: Sequence[Point], step_s: float, steps: float) -> float:
+        """Level plus so many times the slope."""
         if len(history) < self.min_points:
             return history[-1].value
         belief = _Belief(history[0].value, 0.0).told(history[0].value, self.r)
@@ -54,4 +58,4 @@ class KalmanPredictor(Predictor):
             for _ in range(steps_between(earlier, later, step_s)):
                 belief = belief.stepped(self.q_level, self.q_trend)
             belief = belief.told(later.value, self.r)
-        return belief.level + belief.slope
+        return belief.level + steps * belief.slope

@@ -22,11 +22,15 @@ class ProphetPredictor(Predictor):
 
     def predict(self, history: Sequence[Point], step_s: float) -> float:
         """At the end of the next interval."""
+        return self.ahead(history, step_s, 1.0)
+
+    def ahead(self, history: Sequence[Point], step_s: float, steps: float) -> float:
+        """At the end of so many intervals."""
         points = history[-self._window:]
         frame = self._frame([point.at_s for point in points])
         frame["y"] = [point.value for point in points]
         model = self._prophet().fit(frame)
-        return float(model.predict(self._frame([points[-1].at_s + step_s]))["yhat"].iloc[0])
+        return float(model.predict(self._frame([points[-1].at_s + steps * step_s]))["yhat"].iloc[0])
 
     def _frame(self, times: Sequence[float]) -> Any:
         return self._pandas.DataFrame({"ds": self._pandas.to_datetime(times, unit="s")})

@@ -34,6 +34,10 @@ class Predictor(ABC):
         `history` holds at least `least_points` finite points in order of time, about `step_s` or multiples of it apart.
         """
 
+    def ahead(self, history: Sequence[Point], step_s: float, steps: float) -> float:
+        """The value so many steps after the last point, at least 1. What can only see one step is asked for that one."""
+        return self.predict(history, step_s)
+
 
 class ConstantPredictor(Predictor):
     """The next is as the last: the baseline, and what the others fall back to."""
