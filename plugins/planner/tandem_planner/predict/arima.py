@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ARIMA by statsmodels, the edge to it. The order is the one of a small grid with the least AIC, chosen anew every `CHOOSE_EVERY` points.
 
-Orders are compared by Hannan and Rissanen's regressions, which take some 20 ms each instead of up to a second by maximum likelihood; only the
-best is then fitted by that. As in the reference a constant series is its own forecast, and a series in which only noise is found (0, d, 0)
+Orders are compared by Hannan and Rissanen's regressions, which take some 20 ms each instead of up to a second by maximum likelihood; only
+the best is then fitted by that. As in the reference a constant series is its own forecast, and a series in which only noise is found (0, d, 0)
 is tried once more in logarithms. Between two choices the parameters stay, and new points are only filtered. Where BLAS has many
 threads these tiny matrices wait for them: OPENBLAS_NUM_THREADS=1 makes a choice ten times as fast on a busy host.
 """
@@ -63,10 +63,10 @@ class ArimaPredictor(Predictor):
             return order, True, params
         return order, False, params
 
-    def _forecast(self, values: Any) -> float:
+    def _forecast(self, values: Any, steps: int) -> float:
         order, in_logs, params = self._chosen or ((0, 1, 0), False, None)
         model = _model(np.log1p(values) if in_logs else values, order)
-        found = float(np.asarray((model.filter(params) if params is not None else model.fit()).forecast(1))[0])
+        found = float(np.asarray((model.filter(params) if params is not None else model.fit()).forecast(steps))[-1])
         return math.expm1(min(found, 700.0)) if in_logs else found
 
 
