@@ -50,23 +50,16 @@ def read_traffic(answers: Answers, interval_s: float) -> Seen:
 
 
 def _traffic(values: Mapping[str, float], interval_s: float) -> Seen:
-    cached = _cached_fraction(values)
+    cached = values.get(queries.CACHED_FRACTION)
     traffic = Traffic(
         interval_s=interval_s, requests=values[queries.REQUESTS], isl=values["isl"], osl=values["osl"], ttft=_latency(values, "ttft"),
-        itl=_latency(values, "itl"), request_s=values["request_s"], cached_fraction=cached or 0.0,
+        itl=_latency(values, "itl"), request_s=values["request_s"], cached_fraction=min(1.0, max(0.0, cached or 0.0)),
     )
     return Seen(traffic, () if cached is not None else ("cached tokens are not known: every prompt counts as computed in full",))
 
 
 def _latency(values: Mapping[str, float], name: str) -> Latency:
     return Latency(mean=values[f"{name}_mean"], **{part: values[f"{name}_{part}"] for part in PERCENTILES})
-
-
-def _cached_fraction(values: Mapping[str, float]) -> float | None:
-    cached, prompt = values.get(queries.CACHED_TOKENS), values.get(queries.PROMPT_TOKENS)
-    if cached is None or prompt is None or prompt <= 0:
-        return None
-    return min(1.0, max(0.0, cached / prompt))
 
 
 @dataclass(frozen=True)

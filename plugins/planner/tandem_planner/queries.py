@@ -2,7 +2,7 @@
 """Every PromQL expression of the planner, in one place. Pure text.
 
 Means are `increase(sum) / increase(count)` over the interval, as the reference planner has them; percentiles are of the same histograms.
-All routers of a model are summed before anything is divided.
+All routers of a model are summed before anything is divided. Each ratio is one expression, since two queries are answered at two instants.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ PREFILL_TOKENS = 'max by (worker) (tandem_router_worker_load{what="active_prefil
 """By `worker id/rank`. Routers that share their books show the same load, so that a sum would count it twice."""
 ROUTER_AGE = "time() - max by (worker) (timestamp(tandem_router_worker_load))"
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-REQUESTS, AGE, CACHED_TOKENS, PROMPT_TOKENS = "requests", "age", "cached_tokens", "prompt_tokens"
+REQUESTS, AGE, CACHED_FRACTION = "requests", "age", "cached_fraction"
 
 
 class Source(StrEnum):
@@ -48,8 +48,7 @@ class TrafficQueries:
             "isl": self._mean("input_sequence_tokens", window),
             "osl": self._mean("output_sequence_tokens", window),
             "request_s": self._mean("request_duration_seconds", window),
-            PROMPT_TOKENS: self._increase("input_sequence_tokens_sum", window),
-            CACHED_TOKENS: self._increase("cached_tokens_sum", window),
+            CACHED_FRACTION: f"{self._increase('cached_tokens_sum', window)} / {self._increase('input_sequence_tokens_sum', window)}",
             **self._latency("ttft", "time_to_first_token_seconds", window),
             **self._latency("itl", "inter_token_latency_seconds", window),
         }
