@@ -15,6 +15,7 @@ usage: ./build.sh COMMAND [ARGUMENTS]
   check             ruff, mypy, import contracts
   bench NAME        run a benchmark: serving [--json]
   image [OPTIONS]   build the container image (--help tells the options)
+  chart             check the Helm chart and package it into dist/
   tandem ...        the tandem command: generate, chat, status, ...
 EOF
 }
@@ -81,6 +82,13 @@ test_all() {
   "$env/bin/python" -m pytest --durations=25 --durations-min=5 "${select[@]}" "$@"
 }
 
+# helm comes with the environment. Every mode is linted, since a template is only looked at where its values lead.
+chart() {
+  local mode
+  for mode in helm/tandem/modes/*.yaml; do "$env/bin/helm" lint --strict --quiet helm/tandem -f "$mode" || die "the chart is not clean: see above"; done
+  "$env/bin/helm" package helm/tandem --destination dist
+}
+
 _main() {
   local command="${1:-}" env checkout
   [ -n "$command" ] || { usage; exit 2; }
@@ -88,7 +96,7 @@ _main() {
   case "$command" in
     -h | --help | help) usage; return ;;
     image) exec container/build.sh "$@" ;;
-    serve | stop | test | check | bench | tandem) ensure_environment ;;
+    serve | stop | test | check | bench | chart | tandem) ensure_environment ;;
     *) usage >&2; die "unknown command '$command'" ;;
   esac
   case "$command" in
@@ -96,6 +104,7 @@ _main() {
     tandem) exec "$env/bin/tandem" "$@" ;;
     test) check && test_all "$@" ;;
     check) check ;;
+    chart) chart ;;
     bench) [ $# -gt 0 ] || die "which benchmark? one of: $(cd benchmarks && grep -l '^if __name__' ./*.py | sed 's#./##; s#\.py##; s#_#-#g' | tr '\n' ' ')"
            ensure_benchmarks; local name="$1"; shift; exec "$env/bin/python" -m "benchmarks.${name//-/_}" "$@" ;;
   esac

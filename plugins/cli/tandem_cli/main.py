@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "plan": Subcommand("tandem_cli.plan", "how many workers a load needs, term by term"),
     "simulate": Subcommand("tandem_cli.simulate", "what a planner would do to a simulated fleet"),
     "doctor": Subcommand("tandem_cli.doctor.command", "look whether this host can serve"),
+    "check-cluster": Subcommand("tandem_cli.check_cluster.command", "look whether a Kubernetes cluster can take the chart"),
     "status": Subcommand("tandem_cli.status", "show models and workers"),
 }
 
@@ -78,7 +79,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], *, passthrough: boo
 
 
 def _front_parser() -> argparse.ArgumentParser:
-    summaries = "\n".join(f"  {name:<10}{subcommand.summary}" for name, subcommand in SUBCOMMANDS.items())
+    summaries = "\n".join(f"  {name:<14}{subcommand.summary}" for name, subcommand in SUBCOMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="tandem", description=f"Disaggregated LLM serving on Triton with vLLM.\n\nsubcommands:\n{summaries}",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="`tandem SUBCOMMAND --help` tells its options.",
