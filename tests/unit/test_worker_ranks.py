@@ -77,10 +77,17 @@ def test_one_worker_per_rank(index: int, port: int) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "processes"), [({}, 1), (dp(size=3), 3), ({"tensor_parallel_size": 2, **dp(size=2)}, 4),
-                                                      ({"pipeline_parallel_size": 2, **HYBRID}, 4)])
+                                                      ({"pipeline_parallel_size": 2, **HYBRID}, 4),
+                                                      ({"tensor_parallel_size": 16, "nnodes": 2}, 8)])
 def test_processes_that_compute(arguments: dict[str, Any], processes: int) -> None:
     """Of this host only."""
     assert engine_processes(arguments) == processes
+
+
+def test_an_engine_over_hosts_is_shared_equally() -> None:
+    """As vLLM requires it; told before an engine starts."""
+    with pytest.raises(ConfigError, match=r"6 GPUs .* can't be shared equally by nnodes=4"):
+        engine_processes({"tensor_parallel_size": 6, "nnodes": 4})
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [("", 2), ("auto", 2), ("nobind", 2), ("0|1", 2), ("0-3|4-7", 2), ("0,1", 1)])

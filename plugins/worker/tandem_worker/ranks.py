@@ -51,9 +51,15 @@ def local_ranks(arguments: Mapping[str, Any]) -> LocalRanks:
 
 
 def engine_processes(arguments: Mapping[str, Any]) -> int:
-    """Processes of this worker that compute: one for each GPU, or each group of cores."""
+    """Processes on this host that compute: one for each GPU, or each group of cores. Raises ConfigError.
+
+    An engine over several hosts (`nnodes`) has its share here, and the others with its followers.
+    """
     tensor, pipeline = (_positive(arguments, f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline"))
-    return tensor * pipeline * local_ranks(arguments).count
+    hosts, all_hosts = _positive(arguments, "nnodes") or 1, tensor * pipeline * local_ranks(arguments).count
+    if all_hosts % hosts:
+        raise ConfigError(f"{all_hosts} GPUs (tensor_parallel_size x pipeline_parallel_size) can't be shared equally by nnodes={hosts}")
+    return all_hosts // hosts
 
 
 def check_cores(cores: str, arguments: Mapping[str, Any]) -> None:
