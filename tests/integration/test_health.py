@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Canaries, readiness and logs on real prefill, decode and router processes, whose engines are asked one thing after the other."""
 
-import gzip
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from calls import Call, connect, text_of
 from servers import Server, get_json, serve, wait_for
+from spans import Collector
 
 pytestmark = pytest.mark.slow
 
@@ -27,40 +24,6 @@ PROMPT = "The ship sailed on over the wide sea. " * 20
 SETTINGS = {"DYN_LOG": "info,tandem_worker=debug,tandem_router=debug", "DYN_LOGGING_JSONL": "1",
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "DYN_HEALTH_CHECK_ENABLED": "1", "DYN_CANARY_WAIT_TIME": "1",
             "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": "2"}
-
-
-class Collector:
-    """An OTLP collector: remembers the trace id of every span that it is sent over HTTP."""
-
-    def __init__(self) -> None:
-        self.trace_ids: list[str] = []
-        collected = self.trace_ids
-
-        class Handler(BaseHTTPRequestHandler):
-            """POST /v1/traces."""
-
-            def do_POST(self) -> None:
-                """One batch of spans."""
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-                batch = ExportTraceServiceRequest.FromString(body)
-                collected.extend(span.trace_id.hex() for part in batch.resource_spans for scope in part.scope_spans for span in scope.spans)
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                """Silent."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
-
-    def __enter__(self) -> "Collector":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +37,8 @@ def collector() -> Iterator[Collector]:
 def watched(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, collector: Collector) -> Iterator[Server]:
     """A prefill and a decode worker with canaries every second, behind a router; JSON logs, traces to the collector."""
     arguments = ["--mode", "disagg", "--model", str(tiny_model), "--max-model-len", "4096", "--otlp-traces-endpoint", collector.url]
-    with serve(tmp_path_factory.mktemp("watched"), *arguments, **SETTINGS) as server:
+    traced = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "500"}
+    with serve(tmp_path_factory.mktemp("watched"), *arguments, **SETTINGS, **traced) as server:
         yield server
 
 
@@ -139,7 +103,13 @@ async def test_a_request_can_be_followed_through_all_processes(watched: Server, 
     assert {line["source"] for line in about} == {"router_0_0", "prefill", "decode"}
     assert {line["trace_id"] for line in about} == {TRACE_ID}
     assert "request.ended outcome=ok" in [line["message"] for line in about if line["source"] == "decode"]
-    wait_for(lambda: collector.trace_ids.count(TRACE_ID) >= 2, WAIT_S, f"spans of prefill and decode: {collector.trace_ids}")
+    wait_for(lambda: collector.trace_ids.count(TRACE_ID) >= 7, WAIT_S, f"spans of router, workers and engines: {collector.trace_ids}")
+    spans = {span.span_id: span for span in collector.spans if span.trace_id.hex() == TRACE_ID}
+    above = sorted((span.name, spans[span.parent_span_id].name) for span in spans.values() if span.parent_span_id in spans)
+    ours = [("router.generate", "router.request"), ("router.prefill", "router.request"), ("worker.request", "router.generate"),
+            ("worker.request", "router.prefill")]
+    assert [pair for pair in above if pair in ours] == ours
+    assert [parent for name, parent in above if (name, parent) not in ours] == ["worker.request"] * 2, "vLLM's lie under the workers'"
     canaries = [line for line in lines(watched) if str(line.get("request_id")).startswith("canary")]
     assert canaries == [], "a canary is no request of a client"
 

@@ -5,7 +5,9 @@ import asyncio
 import contextvars
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -46,11 +48,50 @@ def test_levels(text: str, level: int | None, filters: tuple[tuple[str, int], ..
     assert logs.load_settings({"DYN_LOG": text}) == LogSettings(level, filters)
 
 
-@pytest.mark.parametrize("variables", [{"DYN_LOG": "loud"}, {"DYN_LOG": "a=b"}, {"DYN_LOG": "a.b"}, {"DYN_LOGGING_JSONL": "perhaps"}])
+@pytest.mark.parametrize("variables", [{"DYN_LOG": "loud"}, {"DYN_LOG": "a=b"}, {"DYN_LOG": "a.b"}, {"DYN_LOGGING_JSONL": "perhaps"},
+                                       {"DYN_LOG_USE_LOCAL_TZ": "Europe/Paris"}, {"DYN_LOGGING_CONFIG_PATH": "/nowhere/logging.toml"}])
 def test_what_is_no_level_is_refused(variables: dict[str, str]) -> None:
     """With the variable's name."""
     with pytest.raises(ConfigError, match=next(iter(variables))):
         logs.load_settings(variables)
+
+
+def test_a_file_gives_levels_and_the_variable_comes_before_it(tmp_path: Path) -> None:
+    """As Dynamo writes such files."""
+    path = tmp_path / "logging.toml"
+    path.write_text('log_level = "warn"\n[log_filters]\n"tandem_router::feed" = "trace"\nvllm = "error"\n')
+    variables = {"DYN_LOGGING_CONFIG_PATH": str(path)}
+    assert logs.load_settings(variables) == LogSettings(logging.WARNING, (("tandem_router.feed", logs.TRACE), ("vllm", logging.ERROR)))
+    both = logs.load_settings({**variables, "DYN_LOG": "debug,vllm=info"})
+    assert both == LogSettings(logging.DEBUG, (("tandem_router.feed", logs.TRACE), ("vllm", logging.INFO)))
+
+
+@pytest.mark.parametrize("text", ["log_level = 'loud'", "log_filters = 'debug'", "log_level ="])
+def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
+    """With its name."""
+    path = tmp_path / "logging.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"logging\.toml"):
+        logs.load_settings({"DYN_LOGGING_CONFIG_PATH": str(path)})
+
+
+@pytest.mark.parametrize("jsonl", ["0", "1"])
+def test_times_are_utc_unless_local_ones_are_wanted(said: Callable[[], str], monkeypatch: pytest.MonkeyPatch, jsonl: str) -> None:
+    """Each line tells its offset."""
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    try:
+        configured({"DYN_LOGGING_JSONL": jsonl}).info("there")
+        configured({"DYN_LOGGING_JSONL": jsonl, "DYN_LOG_USE_LOCAL_TZ": "1"}).info("here")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    there, here = said().splitlines()
+    first = [json.loads(line)["time"] if jsonl == "1" else line.split()[0] for line in (there, here)]
+    assert first[0].endswith("Z")
+    assert first[1].endswith("+05:30")
+    apart = datetime.fromisoformat(first[1]) - datetime.fromisoformat(first[0])
+    assert abs(apart.total_seconds()) < 60
 
 
 def test_a_line_for_people(said: Callable[[], str]) -> None:

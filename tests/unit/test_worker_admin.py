@@ -54,9 +54,9 @@ async def test_health_tells_the_load(client: ClientSession) -> None:
         }
 
 
-async def test_metrics_of_other_registries_are_added(host: FakeHost) -> None:
-    """LMCache's lie in files."""
-    server = AdminServer(host, "decode", DRAIN_TIMEOUT_S, further_metrics=lambda: b"lmcache:hits_total 1.0\n")
+async def test_metrics_are_those_that_the_server_was_given(host: FakeHost) -> None:
+    """LMCache's lie in files, for one."""
+    server = AdminServer(host, "decode", DRAIN_TIMEOUT_S, metrics=lambda: b"\nlmcache:hits_total 1.0\n")
     port = await server.start("127.0.0.1", 0)
     async with ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as answer:
         assert (await answer.text()).endswith("\nlmcache:hits_total 1.0\n")

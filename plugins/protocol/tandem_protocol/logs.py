@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logs of every process of ours: one format, levels by `DYN_LOG`, JSON lines by `DYN_LOGGING_JSONL`.
+"""Logs of every process of ours: one format, levels by `DYN_LOG` and a file, JSON lines by `DYN_LOGGING_JSONL`.
 
 What a line is about is bound once (`bind`), in the context that Triton's request is read in; event-loop callbacks and tasks inherit it.
 So every line about a request carries its id, which is the same in router, prefill and decode, and the client's W3C trace id.
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from tandem_protocol.trace import trace_id_of
 
 LEVEL_VARIABLE = "DYN_LOG"
 JSONL_VARIABLE = "DYN_LOGGING_JSONL"
+LOCAL_TIME_VARIABLE = "DYN_LOG_USE_LOCAL_TZ"
+FILE_VARIABLE = "DYN_LOGGING_CONFIG_PATH"
 TRACE = 5
 """Below DEBUG, as in Rust's `tracing`, whose level names `DYN_LOG` has."""
 _LEVELS = {"trace": TRACE, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "warning": logging.WARNING,
@@ -33,11 +36,13 @@ _subject: contextvars.ContextVar[Mapping[str, str] | None] = contextvars.Context
 
 @dataclass(frozen=True)
 class LogSettings:
-    """The level of what no filter names (None: the process's own default), levels by logger, and the format."""
+    """The level of what no filter names (None: the process's own default), levels by logger, the format, and whose time it tells."""
 
     level: int | None = None
     filters: tuple[tuple[str, int], ...] = ()
     jsonl: bool = False
+    local_time: bool = False
+    """This host's time zone instead of UTC."""
 
     def level_of(self, package: str, default: int) -> int:
         """The level of a package that is no filter's submodule."""
@@ -45,22 +50,48 @@ class LogSettings:
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> LogSettings:
-    """Reads the two variables. Raises ConfigError.
+    """Reads the four variables. Raises ConfigError.
 
-    `DYN_LOG` is a list separated by commas: a level for everything, and `module=level`; `a::b:level` is understood, too.
+    `DYN_LOG` is a list separated by commas: a level for everything, and `module=level`; `a::b:level` is understood, too. It comes
+    before the file, which is TOML as Dynamo's: `log_level`, and a table `log_filters` of levels by module.
     """
     environ = os.environ if environ is None else environ
-    level, filters = None, []
+    level, named = _from_file(environ.get(FILE_VARIABLE, ""))
     for item in filter(None, (part.strip() for part in environ.get(LEVEL_VARIABLE, "").split(","))):
-        module, named = _split(item)
+        module, its_level = _split(item)
         if module:
-            filters.append((module, named))
+            named[module] = its_level
         else:
-            level = named
+            level = its_level
+    return LogSettings(level, tuple(named.items()), _switch(environ, JSONL_VARIABLE), _switch(environ, LOCAL_TIME_VARIABLE))
+
+
+def _switch(environ: Mapping[str, str], variable: str) -> bool:
     try:
-        return LogSettings(level, tuple(filters), parse_bool(environ.get(JSONL_VARIABLE) or "false"))
+        return parse_bool(environ.get(variable) or "false")
     except ValueError as exc:
-        raise ConfigError(f"{JSONL_VARIABLE}={environ[JSONL_VARIABLE]!r} is not valid: {exc}") from exc
+        raise ConfigError(f"{variable}={environ[variable]!r} is not valid: {exc}") from exc
+
+
+def _from_file(path: str) -> tuple[int | None, dict[str, int]]:
+    if not path:
+        return None, {}
+    try:
+        given = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{FILE_VARIABLE}={path}: {exc}; it must name a TOML file like log_level = \"info\"") from exc
+    filters, level = given.get("log_filters", {}), given.get("log_level")
+    if not isinstance(filters, dict):
+        raise ConfigError(f"{FILE_VARIABLE}={path}: log_filters must be a table of levels by module")
+    named = {str(module).replace("::", "."): _level(its, path) for module, its in filters.items()}
+    return None if level is None else _level(level, path), named
+
+
+def _level(name: object, path: str) -> int:
+    level = _LEVELS.get(str(name).strip().lower())
+    if level is None:
+        raise ConfigError(f"{FILE_VARIABLE}={path}: {name!r} is no level: {', '.join(_LEVELS)}")
+    return level
 
 
 def _split(item: str) -> tuple[str, int]:
@@ -79,7 +110,8 @@ def configure(source: str, *packages: str, default: int = logging.INFO, settings
     settings = load_settings() if settings is None else settings
     logging.addLevelName(TRACE, "TRACE")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(source) if settings.jsonl else TextFormatter(source))
+    formatter = JsonFormatter if settings.jsonl else TextFormatter
+    handler.setFormatter(formatter(source, local_time=settings.local_time))
     for package in (*packages, "tandem_protocol"):
         logger = logging.getLogger(package)
         logger.handlers[:] = [handler]
@@ -98,8 +130,13 @@ def bind(request_id: str, trace: Mapping[str, str]) -> None:
 class TextFormatter(logging.Formatter):
     """A line for people: time, level, process, module, message, then what it is about."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, local_time: bool = False) -> None:
         super().__init__(_TEXT_FORMAT.format(source=source.replace("%", "%%")))
+        self._local_time = local_time
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """As in JSON: vLLM's and tritonserver's lines beside ours have other forms, and no zone."""
+        return _time(record, self._local_time)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without an exception's traceback."""
@@ -111,18 +148,25 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object per line, with the field names of Dynamo's; a traceback stands in `exception`."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, local_time: bool = False) -> None:
         super().__init__()
         self._source = source
+        self._local_time = local_time
 
     def format(self, record: logging.LogRecord) -> str:
         """The object."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        line = {"time": time, "level": "WARN" if record.levelno == logging.WARNING else record.levelname, "target": record.name,
-                "message": record.getMessage(), "source": self._source, "process": record.process, **(_subject.get() or {})}
+        level = "WARN" if record.levelno == logging.WARNING else record.levelname
+        line = {"time": _time(record, self._local_time), "level": level, "target": record.name, "message": record.getMessage(),
+                "source": self._source, "process": record.process, **(_subject.get() or {})}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+def _time(record: logging.LogRecord, local: bool) -> str:
+    """With its offset from UTC, `Z` for none, so that nobody has to know where a line was written."""
+    told = datetime.fromtimestamp(record.created, UTC)
+    return (told.astimezone() if local else told).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def engine_variables(settings: LogSettings, path: Path) -> dict[str, str]:
@@ -138,7 +182,7 @@ def _engine_config(settings: LogSettings) -> dict[str, Any]:
     level = dict(settings.filters).get("vllm", logging.INFO)
     return {
         "version": 1, "disable_existing_loggers": False,
-        "formatters": {"json": {"()": "tandem_protocol.logs.JsonFormatter", "source": "vllm"}},
+        "formatters": {"json": {"()": "tandem_protocol.logs.JsonFormatter", "source": "vllm", "local_time": settings.local_time}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
         "loggers": {"vllm": {"handlers": ["stderr"], "level": level, "propagate": False}},
     }

@@ -9,13 +9,15 @@ import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+from prometheus_client.core import Metric
 
 from tandem_protocol import logs
 from tandem_protocol.errors import ErrorCode, RequestError, TandemError
+from tandem_protocol.metric_mirror import Mirror, MirrorThread
 from tandem_protocol.requests import Envelope
 from tandem_protocol.streams import Arrays
 from tandem_protocol.tensors import TensorSpec
@@ -100,6 +102,45 @@ def configure_logging(model_name: str, *packages: str) -> None:
         logs.configure(model_name, *packages)
     except TandemError as exc:
         raise load_failure(exc) from exc
+
+
+class TritonMetrics:
+    """Metrics of ours among Triton's own, on its port of metrics. Families are shared by all models of a server, and equal labels would be
+    one series: `triton_instance` tells models and their instances apart.
+
+    Resource handling: Triton wants metrics to go before their families, and both before the model; so forget the metrics, then `close`.
+    """
+
+    def __init__(self, instance: str) -> None:
+        self._own = {"triton_instance": instance}
+        self._families: dict[str, Any] = {}
+
+    def show(self, name: str, text: str, kind: str, labels: Mapping[str, str], edges: Sequence[float] | None) -> Any:
+        """A new series of `kind` counter, gauge or histogram. Raises TritonModelException, e.g. where the server has metrics off."""
+        family = self._families.get(name)
+        if family is None:
+            family = self._families[name] = pb_utils.MetricFamily(name, text or name, getattr(pb_utils.MetricFamily, kind.upper()))
+        named = {**self._own, **labels}
+        return family.Metric(labels=named) if edges is None else family.Metric(labels=named, buckets=list(edges))
+
+    def close(self) -> None:
+        """Forgets the families."""
+        self._families.clear()
+
+
+class MirroredMetrics:
+    """Keeps metrics of ours on Triton's port of metrics up to date, every `interval_s` seconds from now on until `stop`; 0: never."""
+
+    def __init__(self, families: Callable[[], Iterable[Metric]], interval_s: float, instance: str) -> None:
+        self._metrics = TritonMetrics(instance)
+        self._thread = MirrorThread(Mirror(families, self._metrics.show), interval_s)
+        if interval_s > 0:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Before the model is unloaded."""
+        self._thread.stop()
+        self._metrics.close()
 
 
 class TritonSink:

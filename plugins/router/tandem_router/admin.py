@@ -95,11 +95,8 @@ class AdminServer:
         return web.json_response(fleet_report(self._router))
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        router = self._router
-        router.metrics.in_flight(router.fleet.model, router.active_requests, router.queued_requests)
-        router.metrics.gauges(_loads(router.fleet), _feed_counts(router.feed))
-        router.metrics.replicas(_replica_figures(router))
-        body = await asyncio.to_thread(router.metrics.exposition)
+        read_gauges(self._router)
+        body = await asyncio.to_thread(self._router.metrics.exposition)
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _thresholds(self, _: web.Request) -> web.Response:
@@ -125,6 +122,13 @@ class AdminServer:
         done = all(answer.cleared for answer in answers)
         body = {"status": "success" if done else "error", "workers": [dataclasses.asdict(answer) for answer in answers]}
         return web.json_response(body, status=200 if done else 502)
+
+
+def read_gauges(router: Served) -> None:
+    """Brings the metrics that are not counted up to date. On the router's event loop."""
+    router.metrics.in_flight(router.fleet.model, router.active_requests, router.queued_requests)
+    router.metrics.gauges(_loads(router.fleet), _feed_counts(router.feed))
+    router.metrics.replicas(_replica_figures(router))
 
 
 def fleet_report(router: Served) -> dict[str, Any]:

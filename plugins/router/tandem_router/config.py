@@ -226,6 +226,10 @@ class RouterSettings:
         env="TANDEM_ROUTER_CANCEL_POLL_S", default=0.25, parse=parse_float(0.01, 10), unit="s",
         help="How often a request asks Triton whether its client went away; each poll takes about 0.1 ms from the token streams.",
     )
+    triton_metrics_interval_s: float = setting(
+        env="TANDEM_TRITON_METRICS_INTERVAL_S", default=5.0, parse=parse_float(0, 3600), unit="s", flag=False,
+        help="How often the router's metrics on Triton's own metrics port are brought up to date. 0: not there.",
+    )
     server_exit_timeout_s: float = setting(
         env="TANDEM_SERVER_EXIT_TIMEOUT_S", default=30.0, parse=parse_float(1, DAY_S), unit="s",
         help="After the router's stub died, how long tritonserver may take to exit before it is killed, so that a supervisor restarts it.",

@@ -17,6 +17,7 @@ from tandem_protocol import handoff, tensors
 from tandem_protocol.errors import EngineError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.roles import Role
+from tandem_protocol.spans import Span, carried
 from tandem_protocol.streams import Arrays, ResponseStream
 from tandem_protocol.workers import WorkerRecord
 from tandem_router import wire
@@ -55,6 +56,7 @@ class Routed:
     prompt_ids: list[int]
     route: RouteRequest
     meter: RequestMeter
+    span: Span
     deadline: float | None = None
     """On the monotonic clock, from the request's own timeout."""
     prefill_worker_id: str = ""
@@ -149,7 +151,8 @@ class Dispatcher:
         try:
             decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, exclude=frozenset(), expected_output_tokens=0))
             worker_id = decision.worker.id
-            handed = await self._prefill_on(pool, decision, request)
+            with routed.span.child("router.prefill", worker=worker_id) as span:
+                handed = await self._prefill_on(pool, decision, carried(request, span))
         except (UnavailableError, EngineError) as exc:
             if self._settings.enforce_disagg:
                 raise UnavailableError(f"remote prefill failed and disaggregation is enforced: {exc}") from exc
@@ -178,11 +181,17 @@ class Dispatcher:
     async def _relay(self, request: GenerationRequest, leg: Leg, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
         """Passes the worker's responses on as they come."""
         worker = leg.decision.worker
-        message = wire.request_message(worker.triton_model, request, _left_us(routed), leg.decision.named_rank)
-        async with aclosing(self._connections.stream(worker.grpc_url, message, self._patience)) as responses:
+        with routed.span.child("router.generate", worker=worker.id, leg=answer.legs) as span:
+            message = wire.request_message(worker.triton_model, carried(request, span), _left_us(routed), leg.decision.named_rank)
+            await self._pass_on(message, leg, routed, answer, stream)
+
+    async def _pass_on(self, message: Any, leg: Leg, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
+        async with aclosing(self._connections.stream(leg.decision.worker.grpc_url, message, self._patience)) as responses:
             async for response in responses:
                 arrays = wire.response_arrays(response)
                 self._note(leg, arrays)
+                if routed.meter.waiting and arrays:
+                    routed.span.event("first_token")
                 routed.meter.received(count_tokens(arrays), cached_of(arrays, leg.cached_tokens), time.perf_counter())
                 stream.push(Delta(answer.receive(arrays), finished=wire.is_final(response)))
 

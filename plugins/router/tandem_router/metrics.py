@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import Metric
 
 from tandem_protocol import tensors
 from tandem_protocol.streams import Arrays
@@ -15,6 +16,7 @@ _TIERS = ("gpu", "cpu", "storage")
 _PARTS = ("match", "choice", "books")
 _DECISION_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0)
 _PROMPT_BUCKETS = (*_DECISION_BUCKETS, 10.0)
+Families = Iterable[Metric]
 
 
 class RouterMetrics:
@@ -44,6 +46,9 @@ class RouterMetrics:
         self._feed = Gauge("tandem_router_feed", "KV-event feed: counts since its start.", by_worker, registry=self._registry)
         self._replica = Gauge("tandem_router_replica", "Other routers, as heard of.", ["replica", "what"], registry=self._registry)
         self._load = Gauge("tandem_router_worker_load", "Load in the router's books.", by_worker, registry=self._registry)
+
+        for kind in ("new_request", "ongoing_request"):  # rates of what never happened are 0, not unknown
+            self._migrations.labels(kind)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tandem_router_{name}", text, labels, registry=self._registry)
@@ -125,6 +130,10 @@ class RouterMetrics:
         self._replica.clear()
         for replica, what, value in figures:
             self._replica.labels(replica, what).set(value)
+
+    def families(self) -> Families:
+        """Every metric; gauges as of the latest scrape."""
+        return self._registry.collect()
 
     def exposition(self) -> bytes:
         """The text format."""

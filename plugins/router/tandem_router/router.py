@@ -21,15 +21,16 @@ from tandem_protocol.discovery import open_collection, open_discovery
 from tandem_protocol.errors import ConfigError, RequestCancelledError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.routers import RouterRecord
+from tandem_protocol.spans import Span, open_spans
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
-from tandem_router.admin import AdminServer
+from tandem_router.admin import AdminServer, read_gauges
 from tandem_router.answers import query_answer
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections
 from tandem_router.dispatch import Dispatcher, Routed
 from tandem_router.fleet import Fleet
 from tandem_router.meters import RequestMeter, sequences_of
-from tandem_router.metrics import RouterMetrics
+from tandem_router.metrics import Families, RouterMetrics
 from tandem_router.overrides import Overrides
 from tandem_router.placement import RouteRequest
 from tandem_router.probe import EventProbe
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 10.0
+_GAUGES_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Active:
     request: GenerationRequest
     stream: ResponseStream
     meter: RequestMeter
+    span: Span
     task: asyncio.Task[None] | None = None
 
 
@@ -62,6 +65,7 @@ class Router:
         self.settings = settings
         self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self.metrics = RouterMetrics()
+        self._spans = open_spans("tandem-router")
         path = snapshot_path(settings.router_snapshot_folder, instance) if settings.reads_events else None
         warm = open_index(path)
         self.index = warm.index
@@ -108,6 +112,7 @@ class Router:
         if self.feed is not None:
             self.feed.close()
         self._outbox.close(_STOP_TIMEOUT_S)
+        self._spans.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
 
@@ -126,11 +131,19 @@ class Router:
         """Requests in flight that no token has come of yet."""
         return sum(active.meter.waiting for active in tuple(self._active.values()))
 
+    def metric_families(self) -> Families:
+        """Every metric as it is now; not to be called on the event loop. Raises TimeoutError where that is busy for long."""
+        asyncio.run_coroutine_threadsafe(self._read_gauges(), self._loop).result(_GAUGES_TIMEOUT_S)
+        return self.metrics.families()
+
     # --- event loop ---
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
+
+    async def _read_gauges(self) -> None:
+        read_gauges(self)
 
     async def _open(self) -> None:
         self.connections = Connections()
@@ -167,9 +180,12 @@ class Router:
             self.metrics.ended("refused")
             return
         key = next(self._keys)
-        active = self._active[key] = _Active(request, stream, meter)
+        active = self._active[key] = _Active(request, stream, meter, self._begin_span(request))
         active.task = self._loop.create_task(self._serve(active, overrides))
         active.task.add_done_callback(lambda task: self._done(key, task))
+
+    def _begin_span(self, request: GenerationRequest) -> Span:
+        return self._spans.begin("router.request", request.trace, request_id=request.request_id, stream=request.stream)
 
     async def _serve(self, active: _Active, overrides: Overrides) -> None:
         request, stream = active.request, active.stream
@@ -210,7 +226,7 @@ class Router:
             expected_output_tokens=overrides.expected_output_tokens, priority=request.priority,
         )
         active.meter.begin(self.metrics.tallies_of(self.fleet.model), len(token_ids))
-        return Routed(request, token_ids, route, active.meter, deadline, overrides.prefill_worker_id)
+        return Routed(request, token_ids, route, active.meter, active.span, deadline, overrides.prefill_worker_id)
 
     async def _prepare(self) -> Prompts:
         """Loads the tokenizer as soon as the model is known, which may take half a minute: no request should wait for it."""
@@ -271,4 +287,5 @@ class Router:
             log.error("request.task_failed", exc_info=exc)
             active.stream.fail(UnavailableError(f"the router failed on this request: {exc}"))
         active.meter.ended(time.perf_counter())
+        active.span.end(active.stream.outcome)
         self.metrics.ended(active.stream.outcome)

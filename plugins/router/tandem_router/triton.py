@@ -41,6 +41,8 @@ class TritonPythonModel:
             self._router = Router(settings, _instance_index(args["model_instance_name"]))
             self._guard = start_guard(os.getppid(), os.getpid(), settings.server_exit_timeout_s)
             self._start()
+            interval_s = settings.triton_metrics_interval_s
+            self._mirror = triton.MirroredMetrics(self._router.metric_families, interval_s, args["model_instance_name"])
         except TandemError as exc:
             raise triton.load_failure(exc) from exc
 
@@ -50,6 +52,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Ends what is in flight, closes everything."""
+        self._mirror.stop()
         self._router.stop()
         say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
 

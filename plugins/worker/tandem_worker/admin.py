@@ -10,14 +10,16 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from aiohttp import web
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY
 
 from tandem_protocol.admin_site import METRICS_TYPE, AdminSite, bad_request, json_object
 from tandem_protocol.errors import RequestError, UnavailableError
+from tandem_worker.metrics.exposition import Exposition
 from tandem_worker.status import WorkerState, WorkerStatus
 
 _MAX_BODY = 64 * 1024
 _TIERS = ("G1", "G2", "G3", "G4")
+_EVERYTHING = Exposition((REGISTRY,))
 _NOT_LIVE = frozenset({WorkerState.DEAD, WorkerState.HUNG, WorkerState.STOPPED})
 
 
@@ -46,16 +48,16 @@ class AdminServer:
 
     def __init__(self, host: Host, model_name: str, drain_timeout_s: float,
                  models: Callable[[], Awaitable[dict[str, str]]] = _no_models, routes: Iterable[web.RouteDef] = (),
-                 further_metrics: Callable[[], bytes] = bytes) -> None:  # fmt: skip
+                 metrics: Callable[[], bytes] = _EVERYTHING.text) -> None:  # fmt: skip
         """`models` tells the state of each model that Triton holds, by name; empty where Triton doesn't answer. `routes`: further ones.
 
-        `further_metrics`: those of other registries than this process's, in Prometheus' text format.
+        `metrics`: in Prometheus' text format; it is called in a thread.
         """
         self._host = host
         self._model_name = model_name
         self._drain_timeout_s = drain_timeout_s
         self._models = models
-        self._further_metrics = further_metrics
+        self._exposition = metrics
         self._site = AdminSite(self._application(routes))
 
     async def start(self, address: str, port: int) -> int:
@@ -91,7 +93,7 @@ class AdminServer:
         return web.json_response(body, status=200 if status.state is WorkerState.READY else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        body = await asyncio.to_thread(lambda: generate_latest(REGISTRY) + self._further_metrics())
+        body = await asyncio.to_thread(self._exposition)
         return web.Response(body=body, headers={"Content-Type": METRICS_TYPE})
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -14,6 +14,7 @@ from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 from tandem_protocol.settings import parse_bool, parse_float, parse_int, parse_words, resolve, setting
 from tandem_worker.canary import parse_payload
+from tandem_worker.metrics.labels import check_labels
 
 TRITON_PARAMETERS = frozenset({"FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"})
 """Parameters that belong to Triton's Python backend."""
@@ -105,9 +106,16 @@ class WorkerSettings:
     admin_port: int = setting(
         env="DYN_SYSTEM_PORT", default=8081, parse=_port_or_off, unit="port", help="First admin port, plus worker index; -1 for none."
     )
-    metrics_folder: str = setting(
-        env="PROMETHEUS_MULTIPROC_DIR", default="", parse=str, flag=False,
-        help="Folder of this worker alone in which the engine's processes keep metrics: `/metrics` then shows LMCache's (`lmcache:`), too.",
+    namespace: str = setting(
+        env="DYN_NAMESPACE", default="dynamo", parse=str, help="Label `dynamo_namespace` of this worker's metrics: the deployment's name."
+    )
+    metrics_labels: str = setting(
+        env="TANDEM_METRICS_LABELS", default="", parse=check_labels,
+        help="Further labels of the engine's and the worker's metrics, `name=value,name=value`, for series that have no such label yet.",
+    )
+    triton_metrics_interval_s: float = setting(
+        env="TANDEM_TRITON_METRICS_INTERVAL_S", default=5.0, parse=parse_float(0, 3600), unit="s",
+        help="How often the metrics on Triton's own metrics port are brought up to date; each change costs a round trip. 0: not there.",
     )
     discovery: str = setting(
         env="TANDEM_DISCOVERY", default="", parse=check_url,

@@ -33,6 +33,9 @@ def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, s
         # vLLM's ZMQ sockets: in a folder that the guard removes, since a killed process leaves them behind.
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_NO_USAGE_STATS": "1",
+        # What engine processes count by themselves (LMCache's metrics) stays in them, unless this names a folder. This process is
+        # not concerned: Prometheus' client, imported already, has made its choice.
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder(scratch)),
         # Engine processes must not inherit the stub's threads and locks.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": settings.side_channel_host or reachable_address(),
@@ -43,6 +46,11 @@ def engine_environment(settings: WorkerSettings, *, token: str, stub_pid: int, s
     if settings.cpu_cores:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_cores
     return variables
+
+
+def metrics_folder(scratch: Path) -> Path:
+    """Where this worker's engine processes keep metrics; of this start alone, since old files would be counted again."""
+    return scratch / "metrics"
 
 
 def reachable_address() -> str:

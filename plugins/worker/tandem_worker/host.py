@@ -22,10 +22,12 @@ import uvloop
 from tandem_protocol.cancellation import CancelPoll
 from tandem_protocol.errors import RequestCancelledError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
+from tandem_protocol.spans import NoSpans, Span, Spans, carried
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_worker.config import WorkerSettings
 from tandem_worker.generation import Generator
 from tandem_worker.heartbeat import HangWatch, Heartbeat
+from tandem_worker.metrics.meters import OpenStream, plain_stream
 from tandem_worker.registration import Presence, Unregistered
 from tandem_worker.stacks import dump_stacks, engine_cpu_s
 from tandem_worker.status import RankStatus, WorkerState, WorkerStatus
@@ -51,6 +53,7 @@ class _Active:
 
     request: GenerationRequest
     stream: ResponseStream
+    span: Span
     task: asyncio.Task[None] | None = None
 
 
@@ -58,7 +61,8 @@ class EngineHost:
     """Serves requests on one engine until `shutdown`."""
 
     def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None],
-                 engine_cpu_s: Callable[[int | None], float] = engine_cpu_s) -> None:
+                 engine_cpu_s: Callable[[int | None], float] = engine_cpu_s, open_stream: OpenStream = plain_stream,
+                 spans: Spans | None = None) -> None:  # fmt: skip
         self.generator = generator
         self.settings = settings
         self._state = WorkerState.STARTING
@@ -68,6 +72,8 @@ class EngineHost:
         heartbeat = functools.partial(Heartbeat, settings.hang_timeout_s, settings.step_timeout_s)
         self._hang_watch = HangWatch(heartbeat, generator.loads, engine_cpu_s, self._hangs)
         self._outbox = Outbox()
+        self._open_stream = open_stream
+        self._spans = spans or NoSpans()
         self._active: dict[int, _Active] = {}
         self._keys = itertools.count()
         self._watches: list[asyncio.Task[None]] = []
@@ -107,7 +113,7 @@ class EngineHost:
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Takes a request; its outcome goes to `sink`. Never blocks and never raises."""
-        self._loop.call_soon_threadsafe(self._admit, request, ResponseStream(sink, self._outbox))
+        self._loop.call_soon_threadsafe(self._admit, request, self._open_stream(request, sink, self._outbox))
 
     def status(self) -> WorkerStatus:
         """A snapshot for the admin server."""
@@ -191,6 +197,7 @@ class EngineHost:
         self._stopping = True
         self._poll.stop()
         self._outbox.close(_STOP_TIMEOUT_S)
+        self._spans.close()
         self.generator.engine.shutdown(timeout=_ENGINE_STOP_TIMEOUT_S)
         self.run(self._end_watches()).result(_STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -216,7 +223,9 @@ class EngineHost:
             return
         log.debug("request.accepted active=%d", len(self._active))
         key = next(self._keys)
-        active = self._active[key] = _Active(request, stream)
+        span = self._spans.begin("worker.request", request.trace, request_id=request.request_id, role=self.settings.effective_role)
+        request = carried(request, span)
+        active = self._active[key] = _Active(request, stream, span)
         self._idle.clear()
         active.task = self._loop.create_task(self.generator.serve(request, stream, len(self._active)))
         active.task.add_done_callback(lambda task: self._done(key, task))
@@ -238,6 +247,7 @@ class EngineHost:
             log.error("request.task_failed", exc_info=exc)
             active.stream.fail(UnavailableError(f"the worker failed on this request: {exc}"))
         log.debug("request.ended outcome=%s", active.stream.outcome)
+        active.span.end(active.stream.outcome)
         if not self._active:
             self._idle_since = time.monotonic()
             self._idle.set()

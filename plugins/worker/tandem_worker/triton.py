@@ -51,6 +51,8 @@ class TritonPythonModel:
                 raise triton.load_failure(exc) from exc
             raise
         self._role = self._settings.effective_role
+        self._mirror = triton.MirroredMetrics(self._worker.exposition.families, self._settings.triton_metrics_interval_s,
+                                              args["model_instance_name"])
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request over; answers come through the response senders."""
@@ -58,6 +60,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Drains, shuts down, leaves nothing behind."""
+        self._mirror.stop()
         self._worker.stop()
 
     def _submit(self, request: Any, sink: TritonSink) -> None:

@@ -15,21 +15,26 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from tandem_protocol import logs
 from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.guard import say_goodbye
+from tandem_protocol.spans import open_spans
 from tandem_worker.admin import AdminServer
 from tandem_worker.canary import Canary, Patience, canary_request
 from tandem_worker.checkpoint import CheckpointPlan, Lifecycle, Outcome, plan_checkpoint
 from tandem_worker.config import WorkerSettings
-from tandem_worker.environment import engine_environment, overridable
+from tandem_worker.environment import engine_environment, metrics_folder, overridable
 from tandem_worker.guard import Ward, start_guard
 from tandem_worker.host import EngineHost
-from tandem_worker.lmcache_metrics import lmcache_metrics
 from tandem_worker.lora.adapter import static_adapters
 from tandem_worker.lora.adapters import CHANGEABLE
 from tandem_worker.lora.routes import lora_routes
+from tandem_worker.metrics.component import WorkerMetrics, engine_figures
+from tandem_worker.metrics.exposition import Exposition
+from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
 from tandem_worker.ranks import local_ranks
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
@@ -52,10 +57,15 @@ class Worker:
     def __init__(self, settings: WorkerSettings, model_name: str, model_dir: Path) -> None:
         self.settings = settings
         self.host: EngineHost | None = None
+        self.metrics = WorkerMetrics()
+        self.exposition = Exposition((REGISTRY, self.metrics.registry))
+        """What `/metrics` says; complete once the worker has started."""
+        self._spans = open_spans("tandem-worker")
         self._model_name = model_name
         self._model_dir = model_dir
         self._server_pid = os.getppid()
         self._scratch = Path(tempfile.mkdtemp(prefix="tandem-"))
+        metrics_folder(self._scratch).mkdir()
         self._guard: subprocess.Popen[bytes] | None = None
         self._admin: AdminServer | None = None
         self._sleep: SleepCycle | None = None
@@ -132,12 +142,24 @@ class Worker:
             os.environ[CPU_ENGINE_VARIABLE] = "nixl" if self.settings.effective_role.is_disaggregated else "1"
         loads = EngineLoads()
         listed = static_adapters(self._model_dir)
+        started = time.monotonic()
         engine = build_engine(arguments, loads)
+        load_time_s = time.monotonic() - started
         adapters = build_adapters(engine, self.settings, listed)
         cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
-        host = EngineHost(Generator(engine, self.settings, loads, adapters), self.settings, self._end_server, cpu_s)
+        host = EngineHost(Generator(engine, self.settings, loads, adapters), self.settings, self._end_server, cpu_s, self.metrics.stream,
+                          self._spans)
+        self.metrics.follow(functools.partial(engine_figures, host, load_time_s))
+        self.exposition = self._expose(engine.vllm_config.model_config)
         adapters.rest_while(lambda: "" if host.state in CHANGEABLE else host.state)
         return host
+
+    def _expose(self, model: Any) -> Exposition:
+        names = model.served_model_name
+        served = names[0] if isinstance(names, list) else names
+        ours = dynamo_labels(self.settings.namespace, self.settings.effective_role, str(model.model), str(served or model.model))
+        labels = Labels(ours, parse_labels(self.settings.metrics_labels))
+        return Exposition((REGISTRY, self.metrics.registry), metrics_folder(self._scratch), labels)
 
     def _given_arguments(self) -> dict[str, Any]:
         path = self._model_dir / "model.json"
@@ -174,7 +196,7 @@ class Worker:
         sleep = SleepRoutes(cycle, self.settings.sleep_mode_level, self.settings.drain_timeout_s)
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
                                   (*sleep.routes(), *lora_routes(host.generator.adapters)),
-                                  functools.partial(lmcache_metrics, self.settings.metrics_folder))
+                                  self.exposition.text)
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
         return int(port)
