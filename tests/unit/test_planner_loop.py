@@ -161,6 +161,20 @@ async def test_a_decision_is_carried_out_once_while_the_loop_looks_on() -> None:
     assert rig.connector.closed
 
 
+def test_dynamos_gauges_are_there_and_keep_the_last_plan() -> None:
+    """A decision between two plans has no prediction."""
+    metrics, now = PlannerMetrics(), 1.0
+    planned = (Term("predicted_requests_per_s", 3, ""), Term("predicted_isl", 30, ""), Term("predicted_osl", 5, ""),
+               Term("correction", 1.5, "", Role.PREFILL), Term("correction", 0.5, "", Role.DECODE))  # fmt: skip
+    metrics.decided(Decision(now, {Role.PREFILL: 1, Role.DECODE: 2}, "", planned))
+    metrics.decided(Decision(now, {Role.PREFILL: 1, Role.DECODE: 2}, ""))
+    text = metrics.exposition().decode()
+    for name, value in (("predicted_request_rate", 3), ("predicted_isl", 30), ("predicted_osl", 5), ("p_correction_factor", 1.5),
+                        ("d_correction_factor", 0.5), ("predicted_num_p", 1), ("predicted_num_d", 2)):
+        assert f"\ntandem_planner_{name} {float(value)}\n" in text
+    assert "tandem_planner_term{" not in text
+
+
 async def test_a_newer_decision_cancels_the_change_under_way() -> None:
     rig = Rig(brain=FakeBrain(3))
     loop = rig.loop()

@@ -17,6 +17,12 @@ _OBSERVED: dict[str, tuple[str, Callable[[Traffic], float]]] = {
     "observed_isl": ("Mean prompt tokens", lambda traffic: traffic.isl),
     "observed_osl": ("Mean generated tokens", lambda traffic: traffic.osl),
 }
+_PREDICTED = {
+    "predicted_requests_per_s": ("predicted_request_rate", "Requests per second that are foreseen"),
+    "predicted_isl": ("predicted_isl", "Prompt tokens that are foreseen"),
+    "predicted_osl": ("predicted_osl", "Generated tokens that are foreseen"),
+}
+"""Term of a decision -> gauge. A decision between two plans has none of them; the gauges keep the last."""
 _NUMBERS = {Role.PREFILL: "p", Role.DECODE: "d", Role.AGGREGATED: "agg"}
 
 
@@ -77,6 +83,10 @@ class PlannerMetrics:
         self._terms.clear()
         for term in decision.terms:
             self._terms.labels(term.name, term.role or "").set(term.value)
+            if term.name == "correction" and term.role is not None:
+                self._set(f"{_NUMBERS[term.role]}_correction_factor", f"Observed over modelled latency, {term.role}", term.value)
+            elif term.name in _PREDICTED:
+                self._set(*_PREDICTED[term.name], term.value)
 
     def gpu_hours(self, hours: float) -> None:
         """Since the first start."""
