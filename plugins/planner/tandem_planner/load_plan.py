@@ -5,9 +5,11 @@ An engine's pressure is its load over the threshold for more workers:
     prefill   prompt tokens queued / what can be computed before a new prompt would miss its TTFT (without a profile: a setting)
     decode    KV use / the use at which the ITL is reached, or requests that wait / `WAITING_REQUESTS`, whichever is more
     agg       the larger of both
-Up if any engine is above 1 at two looks in a row, or above `PANIC` at one: to as many workers as all load together needs, at most twice
-as many. The count is absolute, so that looks during a start don't add up. Down only if every worker was read at every look of a window,
-and the highest pressure of it, spread over the survivors (x N / (N - 1)), stays below a share of the threshold.
+Up if any engine is above 1 at two looks in a row, or above `PANIC` at one: by a quarter for each unit of pressure, the mean over all
+engines, by one worker at least and to twice as many at most. A queue says how much was too much for a while, not what is needed for ever;
+and if it goes on, so does the growth. The count rests on ready workers, so that looks during a start don't add up. Down only if every
+worker was read at every look of a window, and the highest pressure of it, spread over the survivors (x N / (N - 1)), stays below a share of
+the threshold.
 """
 
 import math
@@ -22,6 +24,8 @@ from tandem_protocol.roles import Role
 
 PANIC = 2.0
 """Pressure at which one look is enough, as in Knative's panic mode."""
+GROWTH, MOST_GROWTH = 0.25, 1.0
+"""Of the pool, per unit of mean pressure, and at most."""
 WAITING_REQUESTS = 4.0
 """Requests that wait at a decode engine: its KV cache or batch is full; fewer come and go within a step."""
 MOST_SAMPLES = 512
@@ -94,8 +98,8 @@ def _needed(found: list[float], pool: Pool, over_since_s: float | None, config: 
     highest = max(found, default=0.0)
     if over_since_s is None or (highest < PANIC and at_s - over_since_s < TICK * config.load_interval):
         return None
-    total = sum(found) / len(found) * pool.ready
-    return max(pool.ready + 1, min(math.ceil(total), 2 * pool.ready))
+    growth = min(MOST_GROWTH, GROWTH * sum(found) / len(found))
+    return max(pool.ready + 1, math.ceil(pool.ready * (1 + growth)))
 
 
 def _least(state: RoleState, pool: Pool, bounds: Thresholds, config: PlannerConfig, at_s: float) -> int | None:
@@ -111,7 +115,7 @@ def _least(state: RoleState, pool: Pool, bounds: Thresholds, config: PlannerConf
 def _terms(role: Role, found: list[float], needed: int | None, least: int | None) -> tuple[Term, ...]:
     terms = [Term("load_pressure", max(found), f"the fullest of {len(found)} engines; above 1 there are too few", role)] if found else []
     if needed is not None:
-        terms.append(Term("load_needed", needed, "all load together over one engine's, at least one more", role))
+        terms.append(Term("load_needed", needed, "more, in proportion to the pressure of all engines", role))
     if least is not None:
         terms.append(Term("load_least", least, "survivors that would carry the highest load of the window", role))
     return tuple(terms)

@@ -15,7 +15,7 @@ from tandem_planner.load_plan import LoadVerdict, look, thresholds
 from tandem_planner.predict.forecast import Forecaster, TrafficHistory
 from tandem_planner.profile_data import Profile
 from tandem_planner.sla_plan import SlaModel, Targets
-from tandem_planner.stability import Wish, decided, lesson_floor, seen, wish
+from tandem_planner.stability import Wish, after_plan, decided, lesson_floor, seen, wish
 from tandem_planner.state import PlannerState, changed
 from tandem_planner.targets import check_targets
 from tandem_planner.terms import Decision, Observation, Pool, Term
@@ -57,6 +57,8 @@ class Planner:
         state, terms = self._told(observation), tuple[Term, ...]()
         if due(self._config, state, observation):
             state, terms = planned(self._config, self._model, self._forecaster, state, observation)
+            for role in self._config.mode.roles:
+                state = state.with_role(role, after_plan(state.of(role), observation.at_s, state.requests_per_s))
         else:
             state = lapsed(self._config, state, observation.at_s)
         wishes: dict[Role, Wish] = {}

@@ -128,7 +128,7 @@ class _Arrays(dict[str, Any]):
 
 def _load_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
         raise ConfigError(f"can't be read as npz ({exc}): measure again with `tandem profile`") from exc

@@ -188,6 +188,8 @@ class SlaModel:
         if share >= HIGHEST_PREFILL_SHARE * HIGHEST_UTILISATION:
             return False
         best = self.best(demand, 1 / (1 - share))
+        if not best.met and self.best(demand).met:
+            return False  # out of reach only beside so much prefill
         wanted, _ = self._tokens_per_s(demand, best)
         return wanted <= best.throughput_per_gpu * self.decode_gpus * (1 - share) * workers
 

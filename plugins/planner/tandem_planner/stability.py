@@ -3,15 +3,17 @@
 
 A pool grows at once. It shrinks when the traffic, with a margin, has asked for fewer workers in several plans running, *and* the load of a
 whole window would fit the survivors, and nothing is under way. A pool that shrank and had to grow again without more traffic has learnt
-that the smaller count is too small (`Lesson`): it is not tried again before the traffic has fallen, or a time has passed that doubles with
-each lesson. So at constant load a pool can't go to and fro, whatever misled the model.
+that the smaller count is too small, as has one whose load outgrew a plan although, as the next plan sees, traffic had not (`Lesson`). That
+count is not tried again before the traffic has fallen, or a time has passed that doubles with each lesson; then one worker fewer is tried,
+not many. So at constant load a pool can't go to and fro, whatever misled the model. Load that is not due to a lack of workers (one
+enormous prompt) must not teach for ever: a lesson reaches `BEYOND_PLAN` workers above the plan at most.
 """
 
 from dataclasses import dataclass
 
 from tandem_planner.config import PlannerConfig
 from tandem_planner.load_plan import LoadVerdict
-from tandem_planner.state import Down, Lesson, RoleState, changed
+from tandem_planner.state import Change, Lesson, RoleState, changed
 from tandem_planner.terms import Pool
 from tandem_protocol.roles import Role
 
@@ -21,7 +23,8 @@ LEAST_REGRET_S = 600.0
 GROWN = 1.15
 FALLEN = 0.8
 """Of the traffic of a lesson: below, it doesn't apply."""
-FIRST_LESSON_S, LONGEST_LESSON_S = 1800.0, 86_400.0
+FIRST_LESSON_S, LONGEST_LESSON_S = 7200.0, 86_400.0
+BEYOND_PLAN = 2
 STUCK_INTERVALS = 5
 """A start or a drain that takes longer than so many intervals no longer keeps the pool from shrinking."""
 
@@ -91,10 +94,12 @@ def _by_traffic(state: RoleState, pool: Pool, load: LoadVerdict, config: Planner
 def lesson_floor(state: RoleState, at_s: float, rate: float | None) -> int:
     """The count below which the pool was found too small at such traffic; 0: none."""
     lesson = state.lesson
-    if lesson is None or at_s >= lesson.until_s:
+    if lesson is None:
         return 0
-    lower = rate is not None and lesson.requests_per_s is not None and rate < FALLEN * lesson.requests_per_s
-    return 0 if lower else lesson.workers + 1
+    if rate is not None and lesson.requests_per_s is not None and rate < FALLEN * lesson.requests_per_s:
+        return 0
+    kept = lesson.workers + (1 if at_s < lesson.until_s else 0)
+    return kept if state.needed is None else min(kept, state.needed + BEYOND_PLAN)
 
 
 def decided(state: RoleState, pool: Pool, wanted: int, granted: int, config: PlannerConfig, at_s: float, rate: float | None) -> RoleState:
@@ -102,16 +107,37 @@ def decided(state: RoleState, pool: Pool, wanted: int, granted: int, config: Pla
     now = pool.wanted
     state = changed(state, target=granted)
     if wanted < now:
-        return changed(state, last_down=Down(at_s, granted, rate), plans_below=0)
-    down = state.last_down
-    if granted > now and down is not None and granted > down.to:
-        return changed(_taught(state, down, config, at_s, rate), last_down=None)
-    return state
-
-
-def _taught(state: RoleState, down: Down, config: PlannerConfig, at_s: float, rate: float | None) -> RoleState:
-    grown = rate is not None and down.requests_per_s is not None and rate > GROWN * down.requests_per_s
-    if grown or at_s - down.at_s > max(LEAST_REGRET_S, REGRET_INTERVALS * config.adjustment_interval):
+        return changed(_retried(state, granted, at_s), last_down=Change(at_s, granted, rate), plans_below=0)
+    if granted <= now:
         return state
-    times = state.lesson.times + 1 if state.lesson else 0
-    return changed(state, lesson=Lesson(down.to, rate, at_s + min(LONGEST_LESSON_S, FIRST_LESSON_S * 2 ** min(times, 10)), times))
+    if state.needed is not None and state.needed <= now and state.outgrown is None and pool.settled:
+        state = changed(state, outgrown=Change(at_s, now, rate))  # load alone made it grow
+    down = state.last_down
+    if down is None or granted <= down.workers:
+        return state
+    recent = at_s - down.at_s <= max(LEAST_REGRET_S, REGRET_INTERVALS * config.adjustment_interval)
+    return changed(_taught(state, down, at_s, rate) if recent else state, last_down=None)
+
+
+def after_plan(state: RoleState, at_s: float, rate: float | None) -> RoleState:
+    """What a plan's traffic says about a count that load had outgrown since the last."""
+    return state if state.outgrown is None else changed(_taught(state, state.outgrown, at_s, rate), outgrown=None)
+
+
+def _taught(state: RoleState, tried: Change, at_s: float, rate: float | None) -> RoleState:
+    """A count was too small, unless traffic has grown since it was tried."""
+    if rate is not None and tried.requests_per_s is not None and rate > GROWN * tried.requests_per_s:
+        return state
+    old, workers = state.lesson, tried.workers
+    if old is not None and at_s < old.until_s and (rate is None or old.requests_per_s is None or old.requests_per_s <= GROWN * rate):
+        workers = max(workers, old.workers)  # what was too few at no more traffic still is
+    times = old.times + 1 if old is not None and old.workers >= tried.workers else 0
+    return changed(state, lesson=Lesson(workers, rate, at_s + min(LONGEST_LESSON_S, FIRST_LESSON_S * 2 ** min(times, 10)), times))
+
+
+def _retried(state: RoleState, workers: int, at_s: float) -> RoleState:
+    """Going down to a count that a lesson forbade until now: the next fewer has to wait in its turn."""
+    lesson = state.lesson
+    if lesson is None or at_s < lesson.until_s or workers > lesson.workers:
+        return state
+    return changed(state, lesson=Lesson(workers - 1, lesson.requests_per_s, at_s + LEAST_REGRET_S, lesson.times))

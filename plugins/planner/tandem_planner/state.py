@@ -19,11 +19,11 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     pressure: float
 
 
-class Down(msgspec.Struct, frozen=True):
-    """The last time that a pool was made smaller."""
+class Change(msgspec.Struct, frozen=True):
+    """A count of workers that is on trial, and the traffic when it was."""
 
     at_s: float
-    to: int
+    workers: int
     requests_per_s: float | None
 
 
@@ -56,7 +56,10 @@ class RoleState(msgspec.Struct, frozen=True):
     log_correction: float = 0.0
     target: int | None = None
     """What was decided last."""
-    last_down: Down | None = None
+    last_down: Change | None = None
+    """The count that the pool was last made smaller to."""
+    outgrown: Change | None = None
+    """The count that was enough for the plan, but not for the load; the next plan tells whether traffic had grown."""
     lesson: Lesson | None = None
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ARIMA by statsmodels, the edge to it. The order is the one of a small grid with the least AIC, chosen anew every `CHOOSE_EVERY` points.
 
-Orders are compared by Hannan and Rissanen's regressions, which take some 20 ms each instead of up to a second by maximum likelihood; only
-the best is then fitted by that. As in the reference a constant series is its own forecast, and a series in which only noise is found (0, d, 0)
-is tried once more in logarithms. Between two choices the parameters stay, and new points are only filtered. Where BLAS has many
-threads these tiny matrices wait for them: OPENBLAS_NUM_THREADS=1 makes a choice ten times as fast on a busy host.
+Orders are compared by Hannan and Rissanen's regressions, some 20 ms each instead of up to a second by maximum likelihood; only
+the best is then fitted by that. As in the reference a constant series is its own forecast, and a series in which only noise is found
+(0, d, 0) is tried once more in logarithms. Between two choices the parameters stay, and new points are only filtered. Where BLAS has
+many threads these tiny matrices wait for them: OPENBLAS_NUM_THREADS=1 makes a choice ten times as fast on a busy host.
 """
 
 import itertools
