@@ -22,6 +22,7 @@ import zmq
 from benchmarks import consolidator as benchmark
 from vllm.distributed import kv_events as vllm_events
 
+from expositions import TOOL, Exposition
 from tandem_kvbm.consolidator import __main__ as consolidator
 from tandem_kvbm.consolidator.config import ConsolidatorSettings, load_settings
 from tandem_kvbm.consolidator.plan import Plan
@@ -358,7 +359,9 @@ def test_a_process_that_is_killed_comes_back_and_ends_with_whom_it_is_beside(sta
         assert _until(lambda: _get(admin, "/health")[0] == 200)
         engine.publish(10)
         assert _until(lambda: json.loads(_get(admin, "/health")[1])["sources"][0]["last_seq"] == 9)
-        assert 'tandem_consolidator_feed_total{publisher="engine0",what="batches"} 10.0' in _get(admin, "/metrics")[1]
+        told = Exposition(_get(admin, "/metrics")[1])
+        assert told.samples['tandem_consolidator_feed_total{publisher="engine0",what="batches"}'] == 10
+        assert (told.doubles, told.complaints() if TOOL else []) == ([], [])
         [victim] = psutil.Process(supervisor.pid).children()
         victim.kill()
         engine.publish(10)
