@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_S = 3.0
-_CONSOLIDATOR_PORT = 8481
+_CONSOLIDATOR_PORT, _PLANNER_PORT = 8481, 8078
 _ANY, _LOOPBACK = "0.0.0.0", "127.0.0.1"  # noqa: S104 - what servers bind is asked over loopback
 
 
@@ -51,12 +51,12 @@ def newest_state(runs: Path) -> Mapping[str, Any] | None:
 
 def wanted(role: str, environment: Mapping[str, str], state: Mapping[str, Any] | None) -> list[str]:
     """The URLs that must answer. Raises LookupError when there is nothing to ask yet."""
-    if role == "consolidator":
-        index = int(environment.get("TANDEM_CONSOLIDATOR_WORKER_INDEX") or 0)
-        port = int(environment.get("TANDEM_CONSOLIDATOR_ADMIN_PORT") or _CONSOLIDATOR_PORT) + index
-        return [f"http://{_reachable(environment.get('TANDEM_CONSOLIDATOR_ADMIN_HOST') or _LOOPBACK)}:{port}/live"]
-    if role == "planner":
-        return []  # it ends when it fails, and the container with it
+    if role in {"consolidator", "planner"}:
+        name = f"TANDEM_{role.upper()}"
+        index = int(environment.get(f"{name}_WORKER_INDEX") or 0)
+        port = int(environment.get(f"{name}_ADMIN_PORT") or (_PLANNER_PORT if role == "planner" else _CONSOLIDATOR_PORT))
+        host = _reachable(environment.get(f"{name}_ADMIN_HOST") or _LOOPBACK)
+        return [f"http://{host}:{port + index}/live"] if port else []  # 0 is any port: nobody outside of the process knows it
     if state is None:
         raise LookupError("tritonserver has not been started yet")
     admin = [url for url in (*state["admin_urls"].values(), *state["router_urls"]) if not url.endswith(":-1")]

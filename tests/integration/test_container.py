@@ -27,10 +27,10 @@ from tandem_cli.serve.embedded_model import embedded_model
 
 IMAGE = os.environ.get("TANDEM_TEST_IMAGE", "")
 USER = 10001
-HEALTHY_S = 300.0
+HEALTHY_S = 540.0
 STOP_S = 60
 """Docker's own grace of 10 s is shorter than a drain."""
-DOCKER_S = 120.0
+DOCKER_S = 300.0
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IMAGE, reason="TANDEM_TEST_IMAGE names no image")]
 
 

@@ -92,6 +92,19 @@ def test_docker_is_run(stage: Stage) -> None:
     assert build[build.index("--tag") + 1] == "ours:3"
 
 
+@pytest.mark.parametrize(("platform", "fetched"), [("cpu", 1), ("cuda", 3)])
+def test_a_wheelhouse_is_filled_by_this_hosts_pip(stage: Stage, platform: str, fetched: int) -> None:
+    """The lock, for CUDA also torch with its libraries and LMCache; the build comes after."""
+    stage.recorder("python3")
+    options = ["--lmcache"] if platform == "cuda" else []
+    assert stage.run(ROOT / "build.sh", "image", f"--{platform}", "--wheelhouse", *options).returncode == 0
+    wheels = [call for call in stage.calls() if call[:4] == ["python3", "-m", "pip", "wheel"]]
+    assert len(wheels) == fetched
+    assert str(ROOT / "requirements" / f"{platform}.txt") in wheels[0]
+    assert all(call[call.index("-w") + 1] == str(CONTAINER / "wheelhouse") for call in wheels)
+    assert stage.calls()[-1][:2] == ["docker", "build"]
+
+
 def test_the_context_holds_what_the_image_needs() -> None:
     """.dockerignore leaves out everything but these, and every COPY and install of the Dockerfile finds its source."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()

@@ -47,6 +47,12 @@ def test_a_consolidator_has_a_port_of_its_own(check: Any) -> None:
     assert check.wanted("consolidator", moved, None) == ["http://127.0.0.1:9002/live"]
 
 
+def test_a_planner_has_one_too(check: Any) -> None:
+    """8078; with 0 it takes any, which only it knows."""
+    assert check.wanted("planner", {}, None) == ["http://127.0.0.1:8078/live"]
+    assert check.wanted("planner", {"TANDEM_PLANNER_ADMIN_PORT": "0"}, None) == []
+
+
 def test_the_newest_run_counts(check: Any, tmp_path: Path) -> None:
     """None before the first one."""
     assert check.newest_state(tmp_path) is None

@@ -10,6 +10,7 @@ import pytest
 
 from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.consolidator.config import ConsolidatorSettings
+from tandem_planner.config import PlannerConfig
 from tandem_planner.service_config import ServiceSettings
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
@@ -18,7 +19,7 @@ from tandem_worker.config import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
-SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, ServiceSettings)
+SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, PlannerConfig, ServiceSettings)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def test_every_setting_is_documented_with_its_default(settings: type[Any], name:
     assert row in (ROOT / "docs" / "configuration.md").read_text()
 
 
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md",
-             "benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md", "docs/kubernetes.md",
+             "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md", "benchmarks/README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
