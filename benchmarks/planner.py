@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.planner`: what planners make of one simulated fleet, in virtual time: goodput per GPU, SLA, oscillations.
+
+The profile is a measured one (`--profile DIR`, see benchmarks/gpu/run.sh planner-profile) or, by default, the ANALYTIC roofline of
+tandem_planner.simulate.analytic, which nobody measured: it serves to compare planners, not to say what a GPU does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.planner_scenarios import MAX_GPUS, SCENARIOS, SETTLED_S, START_S, Scenario, fleet
+from tandem_planner.profile_data import Profile, read_profile
+from tandem_planner.simulate.analytic import Roofline
+from tandem_planner.simulate.choosing import beginning, make_policy
+from tandem_planner.simulate.load import Load
+from tandem_planner.simulate.report import Subject, milliseconds, page
+from tandem_planner.simulate.results import Summary, summarize
+from tandem_planner.simulate.run import Schedule, simulate
+from tandem_planner.simulate.times import EngineTimes, engine_times
+from tandem_planner.terms import Mode
+
+PLANNERS = ("tandem", "hpa", "reference")
+TICK_S = 5.0
+_COLUMNS = ("goodput_per_gpu_hour", "sla_attainment", "request_attainment", "mean_gpus", "gpu_hours", "oscillations", "scale_up_s")
+
+
+@dataclass
+class Bench:
+    """One scenario's runs, each made once."""
+
+    scenario: Scenario
+    profile: Profile
+    times: EngineTimes
+    load: Load
+    interval_s: float
+    done: dict[str, Subject] = field(default_factory=dict)
+
+    def run(self, name: str) -> Summary:
+        """A planner by name, as `tandem simulate --planner` knows it."""
+        if name not in self.done:
+            policy = make_policy(name, self.scenario.config(self.interval_s), self.profile)
+            run = simulate(self.load, self.times, fleet(), policy, beginning(name, Mode.DISAGGREGATED), Schedule(TICK_S, self.interval_s))
+            self.done[name] = Subject(summarize(name, run, self.scenario.targets, self.interval_s, SETTLED_S), run)
+        return self.done[name].summary
+
+    def best_static(self) -> tuple[int, int]:
+        """The split with the most goodput per GPU: the best of a coarse grid, then uphill to a neighbour while one is better."""
+        best = max(((prefill, decode) for prefill in (2, 4, 6, 9) for decode in (1, 2, 4)), key=self._worth)
+        while (better := max(_neighbours(best), key=self._worth)) != best:
+            best = better
+        return best
+
+    def _worth(self, split: tuple[int, int]) -> float:
+        return self.run(static(split)).goodput_per_gpu_hour
+
+
+def _neighbours(split: tuple[int, int]) -> list[tuple[int, int]]:
+    """Itself first, so that equals don't move."""
+    prefill, decode = split
+    around = [(prefill, decode), (prefill + 1, decode), (prefill - 1, decode), (prefill, decode + 1), (prefill, decode - 1)]
+    return [(p, d) for p, d in around if p >= 1 and d >= 1 and p + d <= MAX_GPUS]
+
+
+def static(split: tuple[int, int]) -> str:
+    """The name of a static policy."""
+    return f"static:{split[0]}x{split[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; progress goes to stderr."""
+    args = _parser().parse_args(argv)
+    profile, note = (read_profile(args.profile), f"profile: {args.profile}") if args.profile else _analytic()
+    results = {}
+    for scenario in SCENARIOS:
+        if scenario.name in args.scenarios:
+            results[scenario.name] = _scenario(scenario, profile, args)
+    report = {"profile": note, "command": " ".join(sys.argv), "start_s": START_S, "interval_s": args.interval_s, "seed": args.seed,
+              "max_gpus": MAX_GPUS, **headline(results, args.interval_s), "scenarios": results}
+    print(json.dumps(report) if args.json else to_text(report))
+    return 0
+
+
+def _analytic() -> tuple[Profile, str]:
+    roofline = Roofline()
+    return roofline.profile(), roofline.assumptions()
+
+
+def _scenario(scenario: Scenario, profile: Profile, args: argparse.Namespace) -> dict[str, Any]:
+    bench = Bench(scenario, profile, engine_times(profile), scenario.load(profile, args.seed), args.interval_s)
+    best = bench.best_static()
+    names = {"best_static": static(best), "bad_static": static(best[::-1]) if best[0] != best[1] else static((best[0] + 2, 1)),
+             **{name: name for name in PLANNERS}}
+    figures = {what: _figures(bench.run(name)) for what, name in names.items()}
+    worth = figures["best_static"]["goodput_per_gpu_hour"]
+    for what in names:
+        print(f"{scenario.name:<9} {what:<12} {_line(bench.run(names[what]))}", file=sys.stderr, flush=True)
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
+        shown = [bench.done[name] for name in names.values()]
+        text = page(f"Planner benchmark: {scenario.name}", [_note(args)], scenario.targets, shown)
+        (args.report / f"{scenario.name}.html").write_text(text)
+    return {"targets_ms": [scenario.targets.ttft_s * 1e3, scenario.targets.itl_s * 1e3], "requests": len(bench.load), "planners": figures,
+            "goodput_vs_best_static": {what: figures[what]["goodput_per_gpu_hour"] / worth if worth else None for what in names}}
+
+
+def _note(args: argparse.Namespace) -> str:
+    return f"profile: {args.profile}" if args.profile else Roofline().assumptions()
+
+
+def _figures(summary: Summary) -> dict[str, Any]:
+    latencies = {"ttft_ms": milliseconds(summary.ttft_s), "itl_ms": milliseconds(summary.itl_s)}
+    return {"policy": summary.policy, **{name: getattr(summary, name) for name in _COLUMNS}, **latencies}
+
+
+def _line(summary: Summary) -> str:
+    return (f"{summary.policy:<11} {summary.goodput_per_gpu_hour:7.0f} good/GPU h  {summary.sla_attainment:6.1%} of intervals  "
+            f"{summary.mean_gpus:5.2f} GPUs  {summary.oscillations} turns")
+
+
+def headline(results: dict[str, dict[str, Any]], interval_s: float) -> dict[str, Any]:
+    """The keys by which runs are compared; null for a scenario that was not run. The first two are of `sine`."""
+
+    def tandem(scenario: str, name: str) -> Any:
+        return results[scenario]["planners"]["tandem"][name] if scenario in results else None
+
+    scale_up = {name: tandem(name, "scale_up_s") for name in ("step", "burst")}
+    return {
+        "goodput_vs_best_static": results["sine"]["goodput_vs_best_static"]["tandem"] if "sine" in results else None,
+        "sla_attainment": tandem("sine", "sla_attainment"),
+        "oscillations": tandem("constant", "oscillations"),
+        "scale_up_intervals": {name: None if seconds is None else seconds / interval_s for name, seconds in scale_up.items()},
+    }
+
+
+def to_text(report: dict[str, Any]) -> str:
+    """For people."""
+    keys = ("goodput_vs_best_static", "sla_attainment", "oscillations", "scale_up_intervals")
+    rows = [f"{scenario:<9} {what:<12} {figures['policy']:<11} {figures['goodput_per_gpu_hour']:7.0f} {figures['sla_attainment']:7.1%} "
+            f"{figures['mean_gpus']:6.2f} {figures['oscillations']:3d}  {figures['ttft_ms']}  {figures['itl_ms']}"
+            for scenario, result in report["scenarios"].items() for what, figures in result["planners"].items()]
+    columns = "scenario, planner, good/GPU hour, intervals within SLA, GPUs, turns, TTFT, ITL"
+    return "\n".join([report["profile"], report["command"], "", columns, *rows, "", *(f"{key}: {report[key]}" for key in keys)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--json", action="store_true", help="end with one line of JSON instead of a table")
+    add("--profile", type=Path, help="folder of `tandem profile`; the analytic profile (not measured) if not given")
+    names = tuple(scenario.name for scenario in SCENARIOS)
+    add("--scenarios", type=lambda text: tuple(text.split(",")), default=names, help=f"comma-separated, of {', '.join(names)}")
+    add("--interval-s", type=float, default=30.0, help="adjustment interval (default: %(default)s)")
+    add("--seed", type=int, default=1, help="of the loads (default: %(default)s)")
+    add("--report", type=Path, metavar="FOLDER", help="write a page with plots per scenario")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

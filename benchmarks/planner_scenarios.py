@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the planner's benchmark runs: loads, targets, the fleet and the planner's settings. All times in seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import traces
+from tandem_planner.config import PlannerConfig
+from tandem_planner.profile_data import Profile
+from tandem_planner.simulate.fleet import FleetSettings
+from tandem_planner.simulate.load import Lengths, Load, arrivals, parse_shape
+from tandem_planner.simulate.results import Targets
+from tandem_planner.simulate.traces import from_lines
+
+START_S = 30.0
+"""Of a worker: made up; weights from the page cache and compiled kernels kept."""
+MAX_GPUS = 16
+SETTLED_S = 300.0
+"""Changes before this time are the fleet finding its size from one worker per role."""
+_TRACE_REQUESTS, _TRACE_RATE = 4000, 2.5
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One load and its SLA."""
+
+    name: str
+    load: Callable[[Profile, int], Load]
+    """From the profile (for the size of a cache) and the seed."""
+    targets: Targets
+    isl: float = 3000.0
+    osl: float = 300.0
+
+    def config(self, interval_s: float) -> PlannerConfig:
+        """Tandem's planner for it. Other than by default: intervals as short as the load's changes ask for, and a Kalman filter that
+        follows them (noise of a rate is small beside its drift over 30 s of a load that triples in minutes)."""
+        return PlannerConfig(
+            adjustment_interval=interval_s, worker_start=START_S, max_gpu_budget=MAX_GPUS, isl=self.isl, osl=self.osl,
+            ttft=self.targets.ttft_s * 1e3, itl=self.targets.itl_s * 1e3, kalman_r=1.0, kalman_q_trend=1.0, kalman_min_points=3,
+            scale_down_patience=1, scale_down_window=30.0,
+        )
+
+
+def fleet() -> FleetSettings:
+    """Disaggregated, one GPU per worker."""
+    return FleetSettings(start_s=START_S)
+
+
+def _made(text: str) -> Callable[[Profile, int], Load]:
+    return lambda profile, seed: arrivals(parse_shape(text), Lengths(3000, 300), seed)
+
+
+def _mooncake(profile: Profile, seed: int) -> Load:
+    """Conversations whose prompts grow; one worker's KV is the prefix cache."""
+    lines = traces.generate(traces.SHAPES["conversation"], _TRACE_REQUESTS, _TRACE_RATE, seed)
+    cache = int(profile.decode.max_kv_tokens) if profile.decode is not None else 0
+    return from_lines("mooncake", lines, cache)
+
+
+TIGHT = Targets(ttft_s=0.3, itl_s=0.010)
+SCENARIOS = (
+    Scenario("sine", _made("sine:5-45:600:1800"), TIGHT),
+    Scenario("burst", _made("burst:10-30:600+300:1500"), TIGHT),
+    Scenario("step", _made("step:10-30:600:1500"), TIGHT),
+    Scenario("constant", _made("constant:20:1500"), TIGHT),
+    Scenario("mooncake", _mooncake, Targets(ttft_s=5.0, itl_s=0.015), isl=12_000, osl=340),
+)
