@@ -23,6 +23,8 @@ class Worker:
     kv_use: float = 0.0
     stuck: bool = False
     """Its unload never ends."""
+    broken: bool = False
+    """It can't be loaded."""
     registers: bool = True
     """Whether it appears in discovery when it is loaded."""
 
@@ -69,8 +71,8 @@ class TritonDouble:
 
     async def _load(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        if self.refuses:
-            return web.json_response({"error": self.refuses}, status=400)
+        if self.refuses or self.workers[name].broken:
+            return web.json_response({"error": self.refuses or "it is broken"}, status=400)
         self.happened.append(f"load {name}")
         self.workers[name].state = "READY"
         if self.workers[name].registers:

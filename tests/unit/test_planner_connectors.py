@@ -201,6 +201,22 @@ async def test_no_ready_worker_goes_while_its_successor_only_starts() -> None:
     await double.stop()
 
 
+async def test_a_model_that_can_not_be_loaded_is_passed_over_and_one_that_sleeps_left_alone() -> None:
+    """The next spare one serves; a sleeper is neither a worker nor spare."""
+    double = TritonDouble({"decode_0": Worker("READY", WorkerState.READY), "decode_1": Worker(broken=True),
+                           "decode_2": Worker("READY", WorkerState.ASLEEP), "decode_3": Worker()}, ROLE)
+    await double.start()
+    connector = triton_over(double)
+    assert await connector.pools() == {ROLE: Pool(1, 1)}
+    await connector.scale(ROLE, 2)
+    assert double.happened == ["load decode_3"]
+    with pytest.raises(UnavailableError, match=r"no model could be loaded: .*it is broken"):
+        await connector.scale(ROLE, 3)
+    assert await connector.pools() == {ROLE: Pool(2, 2)}
+    await connector.close()
+    await double.stop()
+
+
 @pytest.mark.parametrize("how", ["load", "stuck", "silent", "gone"])
 async def test_what_triton_does_not_do_becomes_a_sentence_in_time(how: str) -> None:
     """A refused load, an unload that hangs, a worker that never registers, a server that is away."""

@@ -130,7 +130,7 @@ class PlannerLoop:
 
     async def _observe(self, pools: Mapping[Role, Pool]) -> Observation:
         memory, now = self.memory, self._clock()
-        at_traffic = now >= memory.adjust_at_s
+        at_traffic = now + self._rhythm.slack_s >= memory.adjust_at_s
         observation = await self._parts.observer.observe(pools, self._rhythm.adjustment_s if at_traffic else None)
         if at_traffic and (observation.traffic is not None or not observation.missing):
             # What could not be read is asked for again with the next look, not an interval later.

@@ -18,6 +18,11 @@ class Rhythm:
     retry_s: float = 30.0
     """After a change of the fleet failed, until the same is tried again."""
 
+    @property
+    def slack_s(self) -> float:
+        """By so much the traffic may be looked at early: looks are never quite evenly spaced, and a late one would be a whole look late."""
+        return min(self.load_s / 2, self.adjustment_s / 25)
+
 
 def next_adjustment(last_at_s: float | None, now_s: float, interval_s: float) -> float:
     """When the traffic is due (Unix time): an interval after the last time, also over a restart, or after the start if there was none.

@@ -59,7 +59,8 @@ def sort_models(models: Iterable[Model], records: Iterable[WorkerRecord], patter
     known = [by_name[name] for name in loaded if name in by_name]
     ready = tuple(record for record in known if record.state is WorkerState.READY)
     draining = tuple(record for record in known if record.state is WorkerState.DRAINING)
-    settled = {record.triton_model for record in (*ready, *draining)}
+    asleep = tuple(record for record in known if record.state is WorkerState.ASLEEP)  # somebody put it there, and it is left alone
+    settled = {record.triton_model for record in (*ready, *draining, *asleep)}
     return Shelf(
         ready=ready, draining=draining,
         starting=tuple(model.name for model in mine if model.state is ModelState.LOADING or model.name in set(loaded) - settled),
@@ -104,7 +105,7 @@ class TritonConnector(Connector):
     async def _step(self, shelf: Shelf, count: int) -> bool:
         """Whether there was anything to do but wait. A worker goes only while more than `count` others take requests."""
         if shelf.spare and shelf.wanted < count:
-            await self._load(shelf.spare[0])
+            await self._load_one(shelf.spare)
         elif shelf.draining:
             await self._retire(shelf.draining[-1])
         elif len(shelf.ready) > count:
@@ -113,10 +114,22 @@ class TritonConnector(Connector):
             return False
         return True
 
-    async def _load(self, name: str) -> None:
-        """One at a time: engines that start together fight for memory while each measures what is free."""
-        log.info("planner.load model=%s", name)
-        await self._server.load(name)
+    async def _load_one(self, names: tuple[str, ...]) -> None:
+        """The first that can be. One at a time: engines that start together fight for memory while each measures what is free.
+
+        Raises UnavailableError if none can.
+        """
+        failures = []
+        for name in names:
+            log.info("planner.load model=%s", name)
+            try:
+                await self._server.load(name)
+            except UnavailableError as exc:
+                log.warning("planner.load_failed model=%s reason=%s", name, exc)
+                failures.append(str(exc))
+            else:
+                return
+        raise UnavailableError(f"no model could be loaded: {'; '.join(failures)}")
 
     async def _retire(self, record: WorkerRecord) -> None:
         log.info("planner.drain model=%s", record.triton_model)
