@@ -35,8 +35,8 @@ def test_every_setting_is_documented_with_its_default(settings: type[Any], name:
     assert row in (ROOT / "docs" / "configuration.md").read_text()
 
 
-DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md", "docs/kubernetes.md",
-             "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md",
+             "docs/kubernetes.md", "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md", "benchmarks/README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
