@@ -36,7 +36,8 @@ def test_every_setting_is_documented_with_its_default(settings: type[Any], name:
 
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md",
-             "docs/kubernetes.md", "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md", "benchmarks/README.md")
+             "docs/kubernetes.md", "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md",
+             "benchmarks/README.md")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
