@@ -154,7 +154,8 @@ CUSTOM: dict[str, dict[str, Document]] = {
     )},
     "monitoring.coreos.com/v1": {"PodMonitor": _closed(
         ["selector", "podMetricsEndpoints"], selector=_closed(matchLabels=_ANY, matchExpressions={"type": "array"}), podTargetLabels=_HOSTS,
-        podMetricsEndpoints={"type": "array", "minItems": 1, "items": _closed(["port"], port=_TEXT, path=_TEXT, interval=_TEXT)},
+        podMetricsEndpoints={"type": "array", "minItems": 1, "items": _closed(["port"], port=_TEXT, path=_TEXT, interval=_TEXT,
+                                                               metricRelabelings={"type": "array"})},
     )},
     "keda.sh/v1alpha1": {"ScaledObject": _closed(
         ["scaleTargetRef", "triggers"], scaleTargetRef=_closed(["name"], apiVersion=_TEXT, kind=_TEXT, name=_TEXT), minReplicaCount=_COUNT,

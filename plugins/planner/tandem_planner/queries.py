@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-KV_USE = "max by (instance, model_name) (vllm:kv_cache_usage_perc)"
-"""Of a worker's fullest engine core: 0 to 1."""
-WAITING = "sum by (instance, model_name) (vllm:num_requests_waiting)"
-WORKER_AGE = "time() - min by (instance, model_name) (timestamp(vllm:kv_cache_usage_perc))"
+KV_USE = 'max by (instance, model_name) (vllm:kv_cache_usage_perc{triton_instance=""})'
+"""Of a worker's fullest engine core: 0 to 1. Series with a `triton_instance` are those of Triton's port, which shows the same again."""
+WAITING = 'sum by (instance, model_name) (vllm:num_requests_waiting{triton_instance=""})'
+WORKER_AGE = 'time() - min by (instance, model_name) (timestamp(vllm:kv_cache_usage_perc{triton_instance=""}))'
 """Seconds since a worker was scraped, of its oldest series."""
 PREFILL_TOKENS = 'max by (worker) (tandem_router_worker_load{what="active_prefill_tokens"})'
 """By `worker id/rank`. Routers that share their books show the same load, so that a sum would count it twice."""

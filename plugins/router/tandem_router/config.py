@@ -227,8 +227,8 @@ class RouterSettings:
         help="How often a request asks Triton whether its client went away; each poll takes about 0.1 ms from the token streams.",
     )
     triton_metrics_interval_s: float = setting(
-        env="TANDEM_TRITON_METRICS_INTERVAL_S", default=5.0, parse=parse_float(0, 3600), unit="s", flag=False,
-        help="How often the router's metrics on Triton's own metrics port are brought up to date. 0: not there.",
+        env="TANDEM_ROUTER_TRITON_METRICS_INTERVAL_S", default=0.0, parse=parse_float(0, 3600), unit="s", flag=False,
+        help="How often the router's metrics on Triton's own metrics port are brought up to date. 0: not there, so that none counts twice.",
     )
     server_exit_timeout_s: float = setting(
         env="TANDEM_SERVER_EXIT_TIMEOUT_S", default=30.0, parse=parse_float(1, DAY_S), unit="s",
