@@ -187,6 +187,23 @@ async def test_a_newer_decision_cancels_the_change_under_way() -> None:
     await loop.close()
 
 
+async def test_a_change_under_way_is_what_is_wanted_though_nothing_shows_it() -> None:
+    """Else the next decision would take it for undone, and cancel it."""
+
+    class Slow(FakeConnector):
+        async def pools(self) -> Mapping[Role, Pool]:
+            return {Role.DECODE: Pool(1, 1)}
+
+    rig = Rig(connector=Slow(), brain=FakeBrain(2))
+    loop = rig.loop()
+    await loop.step()
+    await until(lambda: rig.connector.asked == [2])
+    await loop.step()
+    assert rig.brain.seen[-1].pools[Role.DECODE] == Pool(ready=1, wanted=2)
+    assert rig.connector.asked == [2]
+    await loop.close()
+
+
 async def test_a_failed_change_leaves_the_fleet_and_is_tried_again_later() -> None:
     rig = Rig(brain=FakeBrain(3))
     rig.connector.failure = "no room"

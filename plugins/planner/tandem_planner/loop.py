@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -126,7 +126,9 @@ class PlannerLoop:
             self._fail("connector", str(exc))
             return None
         self._count_gpus(pools)
-        return pools
+        under_way = self.scaler.under_way
+        # Who holds the workers may show a change only when it is half done; a pool's `wanted` is what was last told.
+        return {role: replace(pool, wanted=under_way.get(role, pool.wanted)) for role, pool in pools.items()}
 
     async def _observe(self, pools: Mapping[Role, Pool]) -> Observation:
         memory, now = self.memory, self._clock()
