@@ -32,12 +32,12 @@ class Scenario:
     osl: float = 300.0
 
     def config(self, interval_s: float) -> PlannerConfig:
-        """Tandem's planner for it. Other than by default: intervals as short as the load's changes ask for, and a Kalman filter that
-        follows them (noise of a rate is small beside its drift over 30 s of a load that triples in minutes)."""
+        """Tandem's planner for it. Other than by default: intervals as short as loads ask for that triple within minutes, a Kalman filter
+        that follows them, a shorter look back before a pool shrinks, and no corrections, since these workers are the profile itself."""
         return PlannerConfig(
             adjustment_interval=interval_s, worker_start=START_S, max_gpu_budget=MAX_GPUS, isl=self.isl, osl=self.osl,
             ttft=self.targets.ttft_s * 1e3, itl=self.targets.itl_s * 1e3, kalman_r=1.0, kalman_q_trend=1.0, kalman_min_points=3,
-            scale_down_patience=1, scale_down_window=30.0,
+            scale_down_patience=1, scale_down_window=15.0, load_scaling_down_sensitivity=95.0, no_correction=True,
         )
 
 

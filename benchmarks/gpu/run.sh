@@ -7,6 +7,7 @@
 #   same-gpu  1 GPU:  prefill and decode on it, with UCX's default, with reads by CUDA IPC, and under MPS
 #   kvbm      1 GPU:  benchmarks.kvbm, an 8B shape
 #   sleep     1 GPU:  benchmarks.gpu.sleep, SmolLM2-135M: aggregated, prefill and decode sleep and wake
+#   planner-profile  1 GPU: `tandem profile` of an aggregated 8B shape; the profile is left in OUT/planner-profile, for bench planner
 # TANDEM_GPU_VENV  the environment (default /opt/tandem)     BUDGET_S  seconds for everything (default 570)
 # Each stage leaves three files in OUT: STAGE.jsonl (one report a line), STAGE.log (progress), STAGE.tar.gz (all logs).
 # A benchmark that fails is noted and the stage goes on; the exit code is then 1.
@@ -99,6 +100,23 @@ _stage_sleep() {
   CUDA_VISIBLE_DEVICES=0 _bench gpu.sleep smollm2 240 --model "$small"
 }
 
+# Goes on where it was if OUT/planner-profile has a journal of an earlier run.
+_stage_planner_profile() {
+  local logs="$work/$stage" left=$((${BUDGET_S:-570} - SECONDS - 90)) admin
+  local -x CUDA_VISIBLE_DEVICES=0
+  python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
+  timeout 300 python -m tandem_cli.main serve --detach --mode agg --routers 0 --http-port 18000 --grpc-port 18001 --metrics-port 18002 \
+    --model "$work/llama-8b-shape" --load-format dummy --max-model-len 16384 --max-num-seqs 256 > "$logs/serve.log" 2>&1 \
+    || { _say "planner-profile: the server did not start"; failed=1; return; }
+  admin="$(python -c 'import json, sys; print(next(iter(json.load(open(sys.argv[1]))["admin_urls"].values())))' "$TANDEM_RUN_DIR/18000/state.json")"
+  timeout -k 30 "$left" python -m tandem_cli.main profile --json --url localhost:18001 --model vllm --admin "$admin" --out "$out/planner-profile" \
+    --max-context 16000 --vocabulary 49000 --prefill-points 10 --contexts 5 --loads 6 --ttft 300 --itl 10 --osl 300 \
+    > "$logs/report.json" 2> >(tee -a "$out/$stage.log" >&2) || { _say "planner-profile: cut short; run it again to go on"; failed=1; }
+  tail -n 1 "$logs/report.json" | tee -a "$out/$stage.jsonl"
+  timeout 90 python -m tandem_cli.main stop --http-port 18000 >> "$logs/stop.log" 2>&1 || _say "something could not be stopped, see stop.log"
+  _pack
+}
+
 # Lets kernels of both engines run side by side instead of in turns. Only a daemon of ours: the GPU's compute mode stays as it is.
 _bench_under_mps() {
   if ! command -v nvidia-cuda-mps-control > /dev/null; then _say "mps: left out, there is no nvidia-cuda-mps-control"; return; fi
@@ -115,10 +133,10 @@ _bench_under_mps() {
 
 _main() {
   local stage small
-  [ $# -gt 0 ] || { sed -n '3,12p' benchmarks/gpu/run.sh; exit 2; }
+  [ $# -gt 0 ] || { sed -n '3,13p' benchmarks/gpu/run.sh; exit 2; }
   [ -n "$out" ] || { echo "run.sh: set OUT to the folder for the results" >&2; exit 2; }
   for stage in "$@"; do
-    case "$stage" in one | two | same-gpu | kvbm | sleep) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm or sleep" >&2; exit 2 ;; esac
+    case "$stage" in one | two | same-gpu | kvbm | sleep | planner-profile) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm, sleep or planner-profile" >&2; exit 2 ;; esac
   done
   _environment
   mkdir -p "$out"
