@@ -39,6 +39,8 @@ _ERRORS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelledError,
     grpc.StatusCode.INTERNAL: EngineError,
 }
+_STUB_LOST = "Stub process"
+"""How Triton begins what it says, as INTERNAL, of a worker whose stub is dead or stuck, until its server ends: `... is not healthy`."""
 
 
 class WorkerLostError(UnavailableError):
@@ -181,4 +183,6 @@ def translate(error: Any) -> TandemError:
     code, details = error.code(), error.details() or str(error.code())
     if code is grpc.StatusCode.CANCELLED and "aborted" not in details and "went away" not in details:
         return WorkerLostError(f"the worker cancelled the request: {details}")
+    if code is grpc.StatusCode.INTERNAL and details.startswith(_STUB_LOST):
+        return WorkerLostError(details)
     return _ERRORS.get(code, WorkerLostError)(details)
