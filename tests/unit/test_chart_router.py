@@ -10,14 +10,20 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from kubernetes import client
 
 from charts import CHART, NAME, NAMESPACE, RELEASE, ROOT, Document, container, environment, find, names, pod, render
+from kubernetes_double import KubernetesDouble, Object
 from tandem_cli.serve import options as serve_options
-from tandem_planner.connectors.interface import FLEET_LABEL, ROLE_LABEL
+from tandem_planner.connectors import kubernetes_api
+from tandem_planner.connectors.interface import FLEET_LABEL, ROLE_LABEL, Bounds
+from tandem_planner.connectors.kubernetes import KubernetesConnector
+from tandem_planner.connectors.kubernetes_api import KubernetesApi, api_client
 from tandem_protocol.discovery import check_url
 from tandem_protocol.roles import Role
 from tandem_router.config import load_settings
 
+BOUNDS = Bounds(call_s=5, scale_s=20, check_s=0.01, drain_s=0)
 AGG_ROUTER = ("router.enabled=true", 'discovery.kind="etcd"')
 
 
@@ -129,6 +135,29 @@ def test_the_planner_finds_one_workload_per_role_by_labels() -> None:
     found = {one["metadata"]["labels"][ROLE_LABEL]: one["metadata"]["name"] for one in documents
              if one["kind"] == "Deployment" and one["metadata"]["labels"].get(FLEET_LABEL) == fleet}
     assert found == {Role.PREFILL: f"{NAME}-prefill", Role.DECODE: f"{NAME}-decode"}
+
+
+async def test_the_planners_own_connector_scales_with_those_rights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels, workloads and rules as rendered, in an API server that enforces them: both pools grow, also the LeaderWorkerSet."""
+    monkeypatch.setattr(kubernetes_api, "FIRST_WAIT_S", 0.01)
+    documents = render("disagg_planner", "roles.decode.nodes=2", "roles.decode.dataParallelSize=2", 'roles.decode.multiNodeStrategy="data"')
+    kinds = {"Deployment": "deployments", "LeaderWorkerSet": "leaderworkersets", "StatefulSet": "statefulsets"}
+    found = [(kinds[one["kind"]], one["metadata"], one["spec"]["replicas"]) for one in documents if one["kind"] in kinds]
+    objects = [Object(kind, metadata["name"], metadata["labels"], replicas, replicas) for kind, metadata, replicas in found]
+    double = KubernetesDouble(find(documents, "Role", f"{NAME}-planner")["rules"], objects, has_lws=True)
+    settings = client.Configuration(host=await double.start())
+    fleet = environment(container(pod(documents, f"{NAME}-planner"), "planner"))["TANDEM_PLANNER_FLEET"]
+    settings.proxy = None
+    connector = KubernetesConnector(KubernetesApi(api_client(settings), NAMESPACE, BOUNDS.call_s), fleet, BOUNDS)
+    try:
+        assert {role: pool.wanted for role, pool in (await connector.pools()).items()} == {Role.PREFILL: 1, Role.DECODE: 1}
+        await connector.scale(Role.PREFILL, 3)
+        await connector.scale(Role.DECODE, 2)
+    finally:
+        await connector.close()
+        await double.stop()
+    replicas = {one.name: one.replicas for one in objects}
+    assert (replicas[f"{NAME}-prefill"], replicas[f"{NAME}-decode"], replicas[f"{NAME}-router"]) == (3, 2, 2)
 
 
 def test_there_is_one_planner_at_a_time() -> None:
