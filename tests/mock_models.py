@@ -3,7 +3,7 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ class MockServer:
     admin_port: int
     log: Path
     discovery: str
+    worker_metrics: tuple[str, ...]
+    """host:port of each worker's metrics, whether it is loaded or not."""
 
     @property
     def http_url(self) -> str:
@@ -52,10 +54,6 @@ class MockServer:
         """host:port of the router's metrics."""
         return f"127.0.0.1:{self.admin_port}"
 
-    def admin_ports(self) -> list[str]:
-        """host:port of every placed worker's metrics."""
-        return sorted(worker["admin_url"].removeprefix("http://") for worker in self._workers())
-
     def placed(self) -> list[str]:
         """Triton's names of the workers in placement."""
         return sorted(worker["triton_model"] for worker in self._workers() if worker["placed"])
@@ -67,18 +65,18 @@ class MockServer:
             return []
 
     def loaded(self) -> list[str]:
-        """Worker models that Triton calls ready."""
+        """Worker models that are not wholly unloaded."""
         index = post_json(f"{self.http_url}/v2/repository/index", {})
-        return sorted(model["name"] for model in index if model.get("state") == "READY" and model["name"] != "router")
+        return sorted(model["name"] for model in index if model.get("state", "UNAVAILABLE") != "UNAVAILABLE" and model["name"] != "router")
 
     def processes(self) -> list[psutil.Process]:
         """Every living process of this server."""
         return processes_with(f"TANDEM_RUN_ID={self.mark}")
 
 
-def write_mock_models(folder: Path, names: tuple[str, ...], arguments: str) -> None:
-    """Worker models with this command line of `tandem_worker.mock`."""
-    for name in names:
+def write_mock_models(folder: Path, arguments_of: Mapping[str, str]) -> None:
+    """Worker models by name, each with its command line of `tandem_worker.mock`."""
+    for name, arguments in arguments_of.items():
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(_MODEL)
         (folder / name / "config.pbtxt").write_text(
@@ -88,12 +86,13 @@ def write_mock_models(folder: Path, names: tuple[str, ...], arguments: str) -> N
 
 
 @contextmanager
-def mock_server(folder: Path, models: tuple[str, ...], loaded: tuple[str, ...], tokenizer: Path, arguments: str,
+def mock_server(folder: Path, models: int, loaded: tuple[str, ...], tokenizer: Path, arguments: str,
                 **settings: str) -> Iterator[MockServer]:
-    """The server with `loaded` of its models in placement; whatever is left of it is killed at the end."""
+    """The server with `loaded` of its models mock_0, mock_1 ... in placement; whatever is left of it is killed at the end."""
     first, mark, install, discovery = free_ports(20), f"mock-{os.urandom(4).hex()}", find_triton(), f"file:{folder / 'discovery'}"
     write_repository(Fleet((), (), routers=1), "mock", source_root() / "model_repository", folder / "models")
-    write_mock_models(folder / "models", models, f"{arguments} --discovery {discovery}")
+    write_mock_models(folder / "models", {f"mock_{n}": f"{arguments} --discovery {discovery} --admin-port {first + 10 + n}"
+                                          for n in range(models)})
     join_backends(install, source_root() / "backends" / "vllm", folder / "backends")
     variables = {"TANDEM_DISCOVERY": discovery, "TANDEM_ROUTER_TOKENIZER": str(tokenizer), "TANDEM_ROUTER_ADMIN_PORT": str(first + 3),
                  "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_RUN_ID": mark, **settings}
@@ -102,7 +101,8 @@ def mock_server(folder: Path, models: tuple[str, ...], loaded: tuple[str, ...], 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=server_environment(install, variables), stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)
-    server = MockServer(process, mark, first, first + 3, folder / "log", discovery)
+    metrics = tuple(f"127.0.0.1:{first + 10 + n}" for n in range(models))
+    server = MockServer(process, mark, first, first + 3, folder / "log", discovery, metrics)
     try:
         wait_for(lambda: server.placed() == sorted(loaded), START_S, f"the router to place {loaded}")
         wait_for(lambda: _answers(first), START_S, "the server to be ready")

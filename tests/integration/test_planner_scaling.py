@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole circle: load on a real router, seen by a real Prometheus, decided by the planner's process, done by tritonserver."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calls import Call, connect, responses
+from mock_models import MockServer, mock_server
+from models import make_tiny_model
+from planner_process import PlannerProcess, planner
+from prometheuses import BINARY, RealPrometheus
+from servers import wait_for
+
+CYCLES = 5
+WAIT_S = 90.0
+MANY, PROMPT, TOKENS = 16, 64, 32
+"""Streams under load, and the tokens of their requests: 96 blocks, which are 45 % of one worker's and 22 % of two's."""
+BLOCKS = 213
+FEW = 2
+SLOWLY = "0.1"
+"""Times are ten times those of an 8B model: what counts here is not speed, and a slow core must keep up."""
+DECIDES = ("--mode", "agg", "--adjustment-interval", "3", "--load-interval", "3", "--max-gpu-budget", "2", "--scale-down-window", "4",
+           "--decode-scale-up-kv-rate", "30", "--decode-scale-down-kv-rate", "25", "--prefill-scale-up-queue-tokens", "1e9",
+           "--prefill-scale-down-queue-tokens", "1e9")  # fmt: skip
+
+
+@dataclass
+class Clients:
+    """Streams that send one request after another, as many at a time as the test says."""
+
+    url: str
+    wanted: int = FEW
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+    stopping: bool = False
+
+    async def run(self) -> None:
+        """Until `stopping`."""
+        async with connect(self.url) as client, asyncio.TaskGroup() as group:
+            for number in range(MANY):
+                group.create_task(self._one(client, number))
+
+    async def _one(self, client: Any, number: int) -> None:
+        prompts = random.Random(number)
+        for turn in itertools.count():
+            while number >= self.wanted and not self.stopping:  # noqa: ASYNC110 - told by a plain number
+                await asyncio.sleep(0.05)
+            if self.stopping:
+                return
+            call = Call("router", [prompts.randrange(30_000) for _ in range(PROMPT)], {"max_tokens": TOKENS}, returns=("output_ids",),
+                        request_id=f"{number}-{turn}")
+            await self._ask(client, call)
+
+    async def _ask(self, client: Any, call: Call) -> None:
+        try:
+            tokens = [token async for response in responses(client, call) for token in response.get("output_ids", ())]
+        except Exception as exc:
+            self.failures.append(f"{call.request_id}: {exc}")
+        else:
+            self.done += 1
+            if len(tokens) != TOKENS:
+                self.failures.append(f"{call.request_id}: {len(tokens)} tokens")
+
+
+def planner_of(folder: Path, server: MockServer, prometheus: RealPrometheus) -> AbstractContextManager[PlannerProcess]:
+    """The planner over the server's mock models."""
+    return planner(folder, *DECIDES, "--connector", "triton", "--triton-url", server.http_url, "--triton-aggregated", "mock*",
+                   "--prometheus-endpoint", prometheus.url, "--start-delay-s", "1", "--scale-check-s", "0.25",
+                   TANDEM_DISCOVERY=server.discovery)
+
+
+@contextmanager
+def circle(folder: Path) -> Iterator[tuple[MockServer, RealPrometheus]]:
+    """A server with two models, one loaded, and the Prometheus that scrapes it."""
+    arguments = f"--no-events --speedup {SLOWLY} --blocks {BLOCKS}"
+    with mock_server(folder, 2, ("mock_0",), make_tiny_model(folder / "tokenizer"), arguments, DYN_ROUTER_MODE="least-loaded",
+                     TANDEM_ROUTER_ADMIN_HOST="127.0.0.1") as server:
+        prometheus = RealPrometheus(folder / "prometheus", (server.router_metrics, *server.worker_metrics))  # its port is free only now
+        try:
+            prometheus.start()
+            yield server, prometheus
+        finally:
+            prometheus.kill()
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """`wait_for` beside running clients."""
+    await asyncio.to_thread(wait_for, condition, WAIT_S, what)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BINARY is None, reason="there is no Prometheus")
+async def test_load_adds_a_worker_and_its_end_removes_it_without_a_failed_request(tmp_path: Path) -> None:
+    """Five times; between two of them Prometheus goes away and comes back, and the planner is restarted: nothing moves."""
+    with circle(tmp_path) as (server, prometheus), planner_of(tmp_path, server, prometheus) as first:
+        clients = Clients(server.grpc_url)
+        running = asyncio.create_task(clients.run())
+        await until(lambda: first.health().get("status") == "ready" and first.health().get("missing") == [], "the planner sees everything")
+        for _ in range(2):
+            await cycle(clients, server)
+        done = 'tandem_planner_changes_total{outcome="done",role="aggregated"}'
+        await until(lambda: first.metric(done) >= 4, "the planner knows of its four changes")
+        await away_and_back(first, server, prometheus)
+        await asyncio.to_thread(first.stop)
+        with planner_of(tmp_path, server, prometheus) as second:
+            await until(lambda: second.health().get("missing") == [], "the restarted planner sees everything")
+            assert server.loaded() == ["mock_0"]
+            assert second.metric("tandem_planner_gpu_hours") > 0  # counted on
+            for _ in range(CYCLES - 2):
+                await cycle(clients, server)
+            clients.stopping = True
+            async with asyncio.timeout(WAIT_S):
+                await running
+            assert second.metric('tandem_planner_changes_total{outcome="failed",role="aggregated"}') == 0
+            await asyncio.to_thread(second.stop)
+        assert clients.failures == []
+        assert clients.done > 10 * CYCLES
+        assert server.loaded() == ["mock_0"]  # the fleet stays when the planner ends
+
+
+async def cycle(clients: Clients, server: MockServer) -> None:
+    """Many streams: a second worker serves. Few: it is gone."""
+    clients.wanted = MANY
+    await until(lambda: server.placed() == ["mock_0", "mock_1"], "a second worker is placed")
+    clients.wanted = FEW
+    await until(lambda: server.loaded() == ["mock_0"], "the second worker is unloaded")
+
+
+async def away_and_back(one: PlannerProcess, server: MockServer, prometheus: RealPrometheus) -> None:
+    """Without figures the planner says so, and the fleet stays."""
+    prometheus.kill()
+    await until(lambda: any("can't be asked" in sentence for sentence in one.health()["missing"]), "the planner misses Prometheus")
+    assert server.loaded() == ["mock_0"]
+    await asyncio.to_thread(prometheus.start)
+    await until(lambda: one.health()["missing"] == [], "the planner sees again")
