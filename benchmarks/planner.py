@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planner_scenarios import MAX_GPUS, SCENARIOS, SETTLED_S, START_S, Scenario, fleet
+from benchmarks.planner_scenarios import MAX_GPUS, SCENARIOS, SETTLED_S, START_S, Scenario, beginning, fleet
 from tandem_planner.profile_data import Profile, read_profile
 from tandem_planner.simulate.analytic import Roofline
-from tandem_planner.simulate.choosing import beginning, make_policy
+from tandem_planner.simulate.choosing import make_policy, parse_sizes
 from tandem_planner.simulate.load import Load
 from tandem_planner.simulate.report import Subject, milliseconds, page
 from tandem_planner.simulate.results import Summary, summarize
 from tandem_planner.simulate.run import Schedule, simulate
 from tandem_planner.simulate.times import EngineTimes, engine_times
 from tandem_planner.terms import Mode
+from tandem_protocol.roles import Role
 
 PLANNERS = ("tandem", "hpa", "reference")
 TICK_S = 5.0
@@ -46,9 +47,13 @@ class Bench:
         """A planner by name, as `tandem simulate --planner` knows it."""
         if name not in self.done:
             policy = make_policy(name, self.scenario.config(self.interval_s), self.profile)
-            run = simulate(self.load, self.times, fleet(), policy, beginning(name, Mode.DISAGGREGATED), Schedule(TICK_S, self.interval_s))
+            run = simulate(self.load, self.times, fleet(), policy, self._begin(name), Schedule(TICK_S, self.interval_s))
             self.done[name] = Subject(summarize(name, run, self.scenario.targets, JUDGED_S, SETTLED_S), run)
         return self.done[name].summary
+
+    def _begin(self, name: str) -> dict[Role, int]:
+        kind, _, sizes = name.partition(":")
+        return parse_sizes(sizes, Mode.DISAGGREGATED) if kind == "static" else beginning(self.scenario, self.profile, self.load)
 
     def best_static(self) -> tuple[int, int]:
         """The split with the most goodput per GPU: the best of a coarse grid, then uphill to a neighbour while one is better."""

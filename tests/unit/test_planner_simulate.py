@@ -17,6 +17,7 @@ from tandem_planner.config import PlannerConfig
 from tandem_planner.predict.arima import ArimaPredictor
 from tandem_planner.predict.forecast import Forecaster, TrafficHistory
 from tandem_planner.predict.kalman import KalmanPredictor
+from tandem_planner.predict.seasonal import SeasonalPredictor
 from tandem_planner.predict.series import ConstantPredictor, Point
 from tandem_planner.simulate.analytic import Roofline
 from tandem_planner.simulate.fleet import Fleet, FleetSettings
@@ -320,3 +321,25 @@ def test_traffic_is_foreseen_for_the_time_at_which_a_new_worker_serves() -> None
     demand, degraded = Forecaster(config).next(TrafficHistory(tuple(points), tuple(points), tuple(points)))
     assert demand.requests_per_s == pytest.approx(42.0, abs=0.5)
     assert not degraded
+
+
+def test_a_seasonal_series_is_foreseen_through_its_turn() -> None:
+    """A noisy sine: at its trough, the rise to come is known; a filter of slopes can't know it."""
+    rng = np.random.default_rng(1)
+    values = [25 - 20 * math.cos(2 * math.pi * number / 40) + rng.normal(0, 1) for number in range(81)]
+    points = [Point(15.0 * number, value) for number, value in enumerate(values)]
+    seasonal = SeasonalPredictor(KalmanPredictor(r=1.0, q_trend=1.0))
+    truth = 25 - 20 * math.cos(2 * math.pi * 88 / 40)
+    assert seasonal.ahead(points, 15.0, 8.0) == pytest.approx(truth, abs=2)
+    assert abs(seasonal.trend.ahead(points, 15.0, 8.0) - truth) > 5
+    shifted = [Point(point.at_s, point.value + (10 if number > 70 else 0)) for number, point in enumerate(points)]
+    assert seasonal.ahead(shifted, 15.0, 8.0) == pytest.approx(truth + 10, abs=4)
+
+
+@pytest.mark.parametrize("kind", ["noise", "line", "step", "same", "short"])
+def test_what_has_no_season_is_left_to_the_filter(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    series = {"noise": 20 + rng.normal(0, 1, 100), "line": np.arange(100.0), "step": np.where(np.arange(100) < 50, 10.0, 30.0),
+              "same": np.full(100, 7.0), "short": 25 - 20 * np.cos(2 * np.pi * np.arange(45) / 40)}[kind]
+    points = [Point(15.0 * number, float(value)) for number, value in enumerate(series)]
+    assert SeasonalPredictor().ahead(points, 15.0, 3.0) == KalmanPredictor().ahead(points, 15.0, 3.0)

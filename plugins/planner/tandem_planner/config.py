@@ -39,6 +39,7 @@ class PredictorName(StrEnum):
     CONSTANT = "constant"
     ARIMA = "arima"
     KALMAN = "kalman"
+    SEASONAL = "seasonal"
     PROPHET = "prophet"
 
 
@@ -123,7 +124,7 @@ class PlannerConfig:
     )
     load_predictor: PredictorName = setting(  # noqa: RUF009 - as above
         env="TANDEM_PLANNER_LOAD_PREDICTOR", default=PredictorName.KALMAN, parse=PredictorName,
-        help="constant, kalman, arima, prophet. kalman (Dynamo: arima): follows a slope within an interval, in microseconds.",
+        help="constant, kalman, seasonal, arima, prophet. kalman (Dynamo: arima) follows a slope; seasonal also knows what comes again.",
     )
     load_predictor_log1p: bool = setting(
         env="TANDEM_PLANNER_LOAD_PREDICTOR_LOG1P", default=False, parse=parse_bool,

@@ -17,6 +17,7 @@ from tandem_planner.config import PlannerConfig, PredictorName
 from tandem_planner.predict.arima import ArimaPredictor
 from tandem_planner.predict.kalman import KalmanPredictor
 from tandem_planner.predict.prophet import ProphetPredictor
+from tandem_planner.predict.seasonal import SeasonalPredictor
 from tandem_planner.predict.series import ConstantPredictor, Point, Predictor, appended
 from tandem_planner.terms import Traffic
 
@@ -114,6 +115,7 @@ def make_predictor(config: PlannerConfig) -> Predictor:
         return ArimaPredictor()
     if config.load_predictor is PredictorName.PROPHET:
         return ProphetPredictor(config.prophet_window_size)
-    if config.load_predictor is PredictorName.KALMAN:
-        return KalmanPredictor(config.kalman_q_level, config.kalman_q_trend, config.kalman_r, config.kalman_min_points)
+    kalman = KalmanPredictor(config.kalman_q_level, config.kalman_q_trend, config.kalman_r, config.kalman_min_points)
+    if config.load_predictor in (PredictorName.KALMAN, PredictorName.SEASONAL):
+        return kalman if config.load_predictor is PredictorName.KALMAN else SeasonalPredictor(kalman)
     return ConstantPredictor()
