@@ -141,17 +141,25 @@ def play(net: Network, rendered: Document, folder: Path) -> PlayedContainer:
         Path(place).mkdir()
     home = {"TANDEM_HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(folder),
             "PLAYED_POD": address.namespace}
-    arguments = [expand(argument, told) for argument in rendered["args"]]
+    # A command of its own takes the place of the image's entry point.
+    command = [_moved(_option(part, volumes), volumes) for part in [*rendered.get("command", [_ENTRY_POINT]), *rendered.get("args", [])]]
+    inside = ["ip", "netns", "exec", address.namespace, *(expand(part, told) for part in command)]
     log = folder / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(["ip", "netns", "exec", address.namespace, _ENTRY_POINT, *arguments], env={**told, **home},
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(inside, env={**told, **home}, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
     return PlayedContainer(rendered, address, process, log, net)
 
 
 def _moved(value: str, volumes: dict[str, str]) -> str:
     places = (place + value.removeprefix(path) for path, place in volumes.items() if f"{value}/".startswith(f"{path}/"))
     return next(places, value)
+
+
+def _option(part: str, volumes: dict[str, str]) -> str:
+    """The same for `--option=/path`."""
+    option, equals, value = part.partition("=")
+    return f"{option}={_moved(value, volumes)}" if equals and option.startswith("--") else part
 
 
 def ask(net: Network, test: Document, front: Address, service: str) -> str:

@@ -3,6 +3,7 @@
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_a_consolidator(net: Network, tmp_path: Path) -> None:
         stack.callback(sidecar.kill)
         wait_for(lambda: sidecar.probe("livenessProbe"), ALIVE_S, "the consolidator's /live")
         assert sidecar.end(ALIVE_S) == 0
+
+
+def test_the_charts_etcd(net: Network, tmp_path: Path) -> None:
+    """It is ready, discovery works with it, and it keeps nothing that would hinder its next start."""
+    if shutil.which("etcd") is None:
+        pytest.skip("needs etcd")
+    one = container(pod(render("disagg"), f"{NAME}-etcd"), "etcd")
+    with ExitStack() as stack:
+        server = play(net, one, tmp_path / "etcd")
+        stack.callback(server.kill)
+        wait_for(lambda: server.probe("readinessProbe") and server.probe("livenessProbe"), ALIVE_S, "the chart's etcd")
+        program = "import sys; from tandem_cli.doctor.service_probes import probe_discovery; print(probe_discovery(sys.argv[1]))"
+        said = net.run([sys.executable, "-c", program, f"etcd://{server.address.ip}:2379/llm/demo"], timeout_s=60)
+        assert "0 workers are registered" in said.stdout, said
+        server.end(ALIVE_S)
 
 
 def test_an_aggregated_pod(net: Network, tmp_path: Path) -> None:
