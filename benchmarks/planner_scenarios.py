@@ -39,7 +39,8 @@ class Scenario:
 
     def config(self, interval_s: float) -> PlannerConfig:
         """Tandem's planner for it. Other than by default: intervals as short as loads ask for that triple within minutes, a predictor
-        that follows them and knows periods, a shorter look back before a pool shrinks, and no corrections, since these workers are the profile itself."""
+        that follows them and knows periods, a shorter look back before a pool shrinks, and no corrections: workers are the profile itself.
+        """
         return PlannerConfig(
             adjustment_interval=interval_s, worker_start=START_S, max_gpu_budget=MAX_GPUS, isl=self.isl, osl=self.osl,
             ttft=self.targets.ttft_s * 1e3, itl=self.targets.itl_s * 1e3, kalman_r=1.0, kalman_q_trend=1.0, kalman_min_points=3,

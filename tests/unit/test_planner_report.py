@@ -82,7 +82,8 @@ def test_changes_while_the_fleet_finds_its_size_are_no_oscillations() -> None:
 
 
 def test_scale_up_is_the_time_from_the_jump_until_enough_was_wanted() -> None:
-    assert scale_up_s(made([request(0, 0.1, 0.01)], (2, 2, 4, 10, 10), changes=(15.0,))) == pytest.approx(25.0)
+    assert scale_up_s(made([request(0, 0.1, 0.01)], (2, 2, 4, 12, *[10] * 8), changes=(15.0,))) == pytest.approx(25.0)
+    assert scale_up_s(made([request(0, 0.1, 0.01)], (2, 2, 4, 5, 6, 5, 5, 2, 2, 2), changes=(15.0, 70.0))) == pytest.approx(25.0)
     assert scale_up_s(made([request(0, 0.1, 0.01)], (2, 2, 2), changes=(15.0,))) is None
     assert scale_up_s(made([request(0, 0.1, 0.01)], (2, 2, 4))) is None
 

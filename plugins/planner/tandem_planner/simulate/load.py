@@ -29,7 +29,7 @@ class Load:
     """Of the prompt, that need no prefill; below `input_tokens`."""
     duration_s: float
     changes_s: tuple[float, ...] = ()
-    """When the rate jumps up, where the load has such moments."""
+    """When the rate jumps, up first, where the load has such moments."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for arrays that are no load."""
@@ -86,7 +86,8 @@ def step(low: float, high: float, at_s: float, duration_s: float) -> Shape:
 
 def burst(low: float, high: float, at_s: float, length_s: float, duration_s: float) -> Shape:
     """`low`, but `high` for `length_s` from `at_s` on."""
-    return Shape("burst", lambda at: np.where((at >= at_s) & (at < at_s + length_s), high, low), max(low, high), duration_s, (at_s,))
+    return Shape("burst", lambda at: np.where((at >= at_s) & (at < at_s + length_s), high, low), max(low, high), duration_s,
+                 (at_s, at_s + length_s))
 
 
 def arrivals(shape: Shape, lengths: Lengths, seed: int) -> Load:

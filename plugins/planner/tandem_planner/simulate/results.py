@@ -99,16 +99,20 @@ def oscillations(ticks: Sequence[Tick], since_s: float = 0.0) -> int:
 
 
 def scale_up_s(run: Run) -> float | None:
-    """Seconds from the load's first jump until as many workers were wanted, in all, as 90 % of the most that were wanted later on."""
+    """Seconds from the load's first jump until enough workers were wanted, in all.
+
+    Enough is what was wanted in the middle of the second half of the time up to the next jump, or to the load's end.
+    """
     if not run.load.changes_s:
         return None
-    jump = run.load.changes_s[0]
+    jump, until = (*run.load.changes_s, run.load.duration_s)[:2]
     before = [sum(tick.wanted.values()) for tick in run.ticks if tick.at_s <= jump]
-    after = [(tick.at_s, sum(tick.wanted.values())) for tick in run.ticks if tick.at_s > jump]
-    most = max((wanted for _, wanted in after), default=0)
-    if not before or most <= before[-1]:
+    after = [(tick.at_s, sum(tick.wanted.values())) for tick in run.ticks if jump < tick.at_s <= until]
+    late = [wanted for at, wanted in after if at > (jump + until) / 2]
+    enough = float(np.median(late)) if late else 0.0
+    if not before or enough <= before[-1]:
         return None
-    return next(at for at, wanted in after if wanted >= 0.9 * most) - jump
+    return next((at - jump for at, wanted in after if wanted >= enough), None)
 
 
 class _Table:
