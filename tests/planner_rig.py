@@ -80,6 +80,8 @@ class Fleet:
     slower: float = 1.0
     """Than the profile says."""
     noise: float = 0.0
+    variability: float = 1.0
+    """Of its queues; 0.5: prompts are all equal."""
     at_s: float = 0.0
     backlog: float = 0.0
     """Prompt tokens not computed in time, over all prefill engines."""
@@ -125,12 +127,12 @@ class Fleet:
     def _pools(self, rate: float) -> dict[Role, Pool]:
         capacity = self.prefill * self.isl / self._service_s()
         self.backlog = max(0.0, self.backlog + (rate * self.isl - capacity) * self.step_s)
-        waiting = Queue(rate, self._service_s()).wait_s(self.prefill, None)
+        waiting = Queue(rate, self._service_s(), self.variability).wait_s(self.prefill, None)
         queued = self.backlog / max(1, self.prefill) + (waiting if math.isfinite(waiting) else 0.0) * self.isl / self._service_s()
         return pools(self.prefill, self.decode, queued, self._itl_s(rate)[1])
 
     def _traffic(self, rate: float) -> Traffic:
-        queue = Queue(rate, self._service_s())
+        queue = Queue(rate, self._service_s(), self.variability)
         mean, tail = (min(60.0, self._service_s() + queue.wait_s(self.prefill, one)) for one in (None, 0.95))
         itl = self._itl_s(rate)[0]
         ttft, request_s = Latency(mean, mean, tail, tail), mean + self.osl * itl

@@ -168,7 +168,7 @@ def test_corrections_move_both_ways() -> None:
     """A slower fleet needs more engines, a faster one fewer."""
     demand = Demand(160.0, 3000, 300)
     for role in Role:
-        slow, as_is, fast = (_model(corrections=Corrections(one, one)).need(role, demand).workers for one in (1.5, 1.0, 0.6))
+        slow, as_is, fast = (_model(corrections=Corrections(one, one, min(1.0, one))).need(role, demand).workers for one in (1.5, 1.0, 0.6))
         assert slow > as_is > fast
 
 

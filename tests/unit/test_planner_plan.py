@@ -12,6 +12,7 @@ from planner_rig import Engine, Fleet, latency, pools, steady
 from tandem_planner.config import PlannerConfig, PredictorName, Statistic, load_config
 from tandem_planner.plan import Planner
 from tandem_planner.profile_data import Profile
+from tandem_planner.queueing import Queue
 from tandem_planner.state import PlannerState
 from tandem_planner.terms import Decision, Mode, Observation, Pool, Traffic, WorkerLoad
 from tandem_protocol.errors import ConfigError
@@ -102,6 +103,16 @@ def test_constant_load_does_not_oscillate(rate: float, slower: float, noise: flo
     fleet.run(lambda _: rate, 7200)
     assert fleet.changes <= (6 if noise else 0)
     assert len(set(fleet.counts[len(fleet.counts) * 3 // 4:])) == 1
+
+
+@pytest.mark.parametrize(("slower", "variability", "service"), [(1.0, 0.5, 1.0), (0.5, 0.5, 0.6), (1.5, 1.0, 1.5)])
+def test_what_is_learnt_keeps_the_target(slower: float, variability: float, service: float) -> None:
+    """Queues shorter than modelled make no engine faster; faster engines, and slower ones once they miss the target, are known as such."""
+    fleet = Fleet(Planner(CONFIG, PROFILE), Engine(), slower=slower, variability=variability)
+    fleet.run(lambda _: 37.0, 3600)
+    learnt = math.exp(fleet.planner.state.of(Role.PREFILL).log_service)
+    assert learnt == pytest.approx(service, abs=0.0 if service == 1 else 0.15)
+    assert Engine().ttft_ms(3000) / 1e3 * slower + Queue(37.0, 0.095 * slower, variability).wait_s(fleet.prefill, 0.95) <= 0.2
 
 
 def test_without_a_profile_load_alone_scales_and_does_not_oscillate() -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From traffic to workers that keep the targets: the throughput plan.
 
-    prefill   the fewest engines with  p (S + wait)  <= TTFT,   S = min(1, p) x tokens to compute / throughput   (`queueing`)
+    prefill   the fewest engines with  p (S + wait)  <= TTFT,   S = s x tokens to compute / throughput   (`queueing`)
     decode    ceil( requests/s x OSL x (1 + z / sqrt(L)) / throughput at the highest KV use with  d ITL <= target ),  L in flight
     agg       the fewest engines that do both: prefill takes a share f of an engine's time, and ITL stretches by 1 / (1 - f)
 
-p and d are the corrections (`correction`). Unlike the reference's, the prefill formula knows that prompts queue, and the decode formula
+p, s and d are the corrections (`correction`). Unlike the reference's, the prefill formula knows that prompts queue, and the decode formula
 that the number of requests in flight is random: for a p95 target z is 1.64 standard deviations of a Poisson number.
 A target that is out of reach at these lengths buys no GPUs: then engines are only kept from queueing, and the terms say so.
 """
@@ -64,6 +64,8 @@ class Corrections:
 
     prefill: float = 1.0
     decode: float = 1.0
+    service: float = 1.0
+    """Of the time that a prompt takes of an engine."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class SlaModel:
     def ttft_s(self, role: Role, demand: Demand, workers: int, quantile: float | None) -> float:
         """As modelled, before correction; infinite for a pool that doesn't keep up."""
         queue = Queue(demand.requests_per_s, self.service_s(demand, role), self.targets.variability)
-        return self._curve.ttft_s(demand.computed_isl) + queue.wait_s(workers, quantile)
+        return self.alone_s(demand) + queue.wait_s(workers, quantile)
 
     def itl_s(self, role: Role, demand: Demand, workers: int, itl_seen_s: float) -> float:
         """As modelled, before correction, for the requests in flight that Little's law gives for the ITL seen."""
@@ -108,10 +110,14 @@ class SlaModel:
         return itl / (1 - self._prefill_share(demand, workers)) if role is Role.AGGREGATED else itl
 
     def service_s(self, demand: Demand, role: Role = Role.PREFILL) -> float:
-        """Time that one prompt takes of an engine. A correction below 1 makes it shorter; above 1 it counts as latency only."""
+        """Time that one prompt takes of an engine."""
         gpus = self.decode_gpus if role is Role.AGGREGATED else self.prefill_gpus
         rate = self._curve.throughput_per_gpu(demand.computed_isl) * gpus
-        return demand.computed_isl / rate * min(1.0, self.corrections.prefill)
+        return demand.computed_isl / rate * self.corrections.service
+
+    def alone_s(self, demand: Demand) -> float:
+        """TTFT of a prompt with nothing before it; slower engines take longer, faster ones are known by what was observed of all of it."""
+        return self._curve.ttft_s(demand.computed_isl) * max(1.0, self.corrections.service)
 
     def best(self, demand: Demand, stretch: float = 1.0) -> BestDecode:
         """The decode engine's working point for the corrected target; `stretch` is what else lengthens a step."""
@@ -123,7 +129,7 @@ class SlaModel:
 
     def allowed_wait_s(self, demand: Demand) -> float:
         """What the TTFT leaves for queueing."""
-        alone = self._curve.ttft_s(demand.computed_isl)
+        alone = self.alone_s(demand)
         return max(self.targets.ttft_s / self.corrections.prefill - alone, UNREACHABLE_WAIT * alone)
 
     @property
@@ -140,7 +146,7 @@ class SlaModel:
 
     def _prefill_need(self, demand: Demand, role: Role = Role.PREFILL) -> Need:
         queue = Queue(demand.requests_per_s, self.service_s(demand, role), self.targets.variability)
-        allowed, alone = self.allowed_wait_s(demand), self._curve.ttft_s(demand.computed_isl)
+        allowed, alone = self.allowed_wait_s(demand), self.alone_s(demand)
         workers = queue.engines_for(allowed, self.targets.quantile, MOST_WORKERS)
         reachable = self.targets.ttft_s / self.corrections.prefill >= alone
         note = "what the target leaves" if reachable else f"{alone * 1e3:.0f} ms alone is beyond the target: only kept from queueing"

@@ -54,6 +54,9 @@ class RoleState(msgspec.Struct, frozen=True):
     plans_below: int = 0
     """Throughput plans in a row that asked for fewer workers than there are."""
     log_correction: float = 0.0
+    """Of observed over modelled latency."""
+    log_service: float = 0.0
+    """Of the time that a prompt takes of an engine, over the profile's."""
     target: int | None = None
     """What was decided last."""
     last_down: Change | None = None

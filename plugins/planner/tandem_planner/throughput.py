@@ -6,10 +6,11 @@ believed, since the interval to come begins where the last one ended.
 """
 
 import math
+from dataclasses import replace
 
 from tandem_planner.capacity import Demand
 from tandem_planner.config import PlannerConfig
-from tandem_planner.correction import corrected, corrections_of, decode_ratio, prefill_ratio, tells_something
+from tandem_planner.correction import corrected, corrections_of, decode_ratio, prefill_ratio, service_ratio, tells_something
 from tandem_planner.predict.forecast import Forecaster
 from tandem_planner.sla_plan import SlaModel
 from tandem_planner.state import PlannerState, RoleState, changed
@@ -79,9 +80,8 @@ def believed(foreseen: float, seen: float, before: float | None) -> float:
 
 
 def model_for(model: SlaModel, role: Role, state: RoleState) -> SlaModel:
-    """The model with what was learnt of this pool. An aggregated pool has one factor, for its ITL."""
-    logs = (state.log_correction, 0.0) if role is Role.PREFILL else (0.0, state.log_correction)
-    return SlaModel(model.capacity, model.targets, model.prefill_gpus, model.decode_gpus, corrections_of(*logs))
+    """The model with what was learnt of this pool."""
+    return replace(model, corrections=corrections_of(role, state.log_correction, state.log_service))
 
 
 def _learnt(config: PlannerConfig, model: SlaModel, role: Role, state: RoleState, seen: Demand, traffic: Traffic,
@@ -89,7 +89,9 @@ def _learnt(config: PlannerConfig, model: SlaModel, role: Role, state: RoleState
     if not tells_something(traffic, pool, at_s - state.counts_since_s):
         return state
     if role is Role.PREFILL:
-        ratio = prefill_ratio(model, role, seen, _statistic(config, traffic.ttft), pool)
+        ttft_s = _statistic(config, traffic.ttft)
+        state = changed(state, log_service=corrected(state.log_service, service_ratio(model, seen, traffic.ttft.mean, ttft_s, pool)))
+        ratio = prefill_ratio(model_for(model, role, state), role, seen, ttft_s, pool)
     else:
         ratio = decode_ratio(model, role, seen, _statistic(config, traffic.itl), traffic.itl.mean, pool)
     return changed(state, log_correction=corrected(state.log_correction, ratio))
@@ -101,7 +103,8 @@ def _needs(config: PlannerConfig, model: SlaModel, role: Role, state: RoleState,
     to_shrink = max(shrunk.workers, need.workers)
     below = state.plans_below + 1 if to_shrink < pool.wanted else 0
     terms = (
-        Term("correction", math.exp(state.log_correction), "observed over modelled latency", role), *need.terms,
+        Term("correction", math.exp(state.log_correction), "observed over modelled latency", role),
+        Term("service_correction", math.exp(state.log_service), "a prompt's time in an engine over the profile's", role), *need.terms,
         Term("needed", need.workers, "workers that keep the target", role),
         Term("needed_to_shrink", to_shrink, f"the same with {config.scale_down_margin:.0%} more traffic", role),
         Term("plans_below", below, f"plans in a row that ask for fewer than there are; {config.scale_down_patience} are enough", role),
