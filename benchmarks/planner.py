@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.planner_scenarios import MAX_GPUS, SCENARIOS, SETTLED_S, START_S, Scenario, beginning, fleet
+from tandem_planner.plan import Planner
+from tandem_planner.predict.warmup import history_of
 from tandem_planner.profile_data import Profile, read_profile
 from tandem_planner.simulate.analytic import Roofline
 from tandem_planner.simulate.choosing import make_policy, parse_sizes
@@ -25,7 +27,7 @@ from tandem_planner.simulate.times import EngineTimes, engine_times
 from tandem_planner.terms import Mode
 from tandem_protocol.roles import Role
 
-PLANNERS = ("tandem", "hpa", "reference")
+PLANNERS, WARM = ("tandem", "hpa", "reference"), "tandem_warm"
 TICK_S = 5.0
 JUDGED_S = 30.0
 """Of the intervals that are within the SLA or not; whatever the planner's own."""
@@ -41,15 +43,24 @@ class Bench:
     times: EngineTimes
     load: Load
     interval_s: float
+    seed: int
     done: dict[str, Subject] = field(default_factory=dict)
 
     def run(self, name: str) -> Summary:
         """A planner by name, as `tandem simulate --planner` knows it."""
         if name not in self.done:
-            policy = make_policy(name, self.scenario.config(self.interval_s), self.profile)
+            policy = self._warm_planner() if name == WARM else make_policy(name, self.scenario.config(self.interval_s), self.profile)
             run = simulate(self.load, self.times, fleet(), policy, self._begin(name), Schedule(TICK_S, self.interval_s))
             self.done[name] = Subject(summarize(name, run, self.scenario.targets, JUDGED_S, SETTLED_S), run)
         return self.done[name].summary
+
+    def _warm_planner(self) -> Planner:
+        """As after `load_predictor_warmup_trace`, with a trace that ends when the run begins. The past's last interval is left out."""
+        past = self.scenario.load(self.profile, self.seed + 1)
+        requests = zip(past.at_s.tolist(), past.input_tokens.tolist(), past.output_tokens.tolist(), strict=True)
+        planner = Planner(self.scenario.config(self.interval_s), self.profile)
+        planner.warm_up(history_of(requests, self.interval_s, end_s=-self.interval_s))
+        return planner
 
     def _begin(self, name: str) -> dict[Role, int]:
         kind, _, sizes = name.partition(":")
@@ -98,10 +109,10 @@ def _analytic() -> tuple[Profile, str]:
 
 
 def _scenario(scenario: Scenario, profile: Profile, args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(scenario, profile, engine_times(profile), scenario.load(profile, args.seed), args.interval_s)
+    bench = Bench(scenario, profile, engine_times(profile), scenario.load(profile, args.seed), args.interval_s, args.seed)
     best = bench.best_static()
     names = {"best_static": static(best), "bad_static": static(best[::-1]) if best[0] != best[1] else static((best[0] + 2, 1)),
-             **{name: name for name in PLANNERS}}
+             **{name: name for name in PLANNERS}, **({WARM: WARM} if scenario.warm else {})}
     figures = {what: _figures(bench.run(name)) for what, name in names.items()}
     worth = figures["best_static"]["goodput_per_gpu_hour"]
     for what in names:

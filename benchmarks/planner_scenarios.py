@@ -36,6 +36,8 @@ class Scenario:
     targets: Targets
     isl: float = 3000.0
     osl: float = 300.0
+    warm: bool = False
+    """Whether there is a past to learn from: then Tandem's planner also runs after a warm-up with the same load of another seed."""
 
     def config(self, interval_s: float) -> PlannerConfig:
         """Tandem's planner for it. Other than by default: intervals as short as loads ask for that triple within minutes, a predictor
@@ -75,7 +77,7 @@ def _mooncake(profile: Profile, seed: int) -> Load:
 
 TIGHT = Targets(ttft_s=0.3, itl_s=0.010)
 SCENARIOS = (
-    Scenario("sine", _made("sine:5-45:600:1800"), TIGHT),
+    Scenario("sine", _made("sine:5-45:600:1800"), TIGHT, warm=True),
     Scenario("burst", _made("burst:10-30:600+300:1500"), TIGHT),
     Scenario("step", _made("step:10-30:600:1500"), TIGHT),
     Scenario("constant", _made("constant:20:1500"), TIGHT),
