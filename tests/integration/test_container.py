@@ -6,6 +6,8 @@ Containers share the host's network, since an engine without iptables has no oth
 """
 
 import asyncio
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -64,7 +66,7 @@ class Container:
 
     def users(self) -> set[str]:
         """The numeric users of all its processes, as the host sees them."""
-        return set(docker("top", self.name, "-eo", "uid").splitlines()[1:])
+        return {line.split()[1] for line in docker("top", self.name, "-eo", "pid,uid").splitlines()[1:]}
 
     def is_healthy(self) -> bool:
         """What Docker made of the image's HEALTHCHECK; fails at once when the container has ended."""
@@ -87,11 +89,25 @@ def model() -> Iterator[Path]:
         yield Path(folder)
 
 
+_CONTAINERS = 5
+"""The most that one run starts."""
+_blocks = itertools.count()
+
+
+@functools.cache
+def all_ports() -> int:
+    """The first of 20 free ports for each container: taken at once, since one that starts doesn't listen yet."""
+    return free_ports(20 * _CONTAINERS)
+
+
 @contextmanager
-def container(role: str, model: Path, *arguments: str, index: int = 0, discovery: Path | None = None,
+def container(role: str, model: Path, *arguments: str, index: int = 0, discovery: Path | None = None, wait: bool = True,
               **environment: str) -> Iterator[Container]:
-    """A container that is healthy; removed at the end. `index` keeps ports apart that the launcher derives from a worker's number."""
-    first, name = free_ports(20), f"tandem-test-{uuid.uuid4().hex[:8]}"
+    """A container that is healthy, unless not waited for; removed at the end.
+
+    `index` is that of its worker, which the launcher adds to admin ports.
+    """
+    first, name = all_ports() + 20 * next(_blocks), f"tandem-test-{uuid.uuid4().hex[:8]}"
     ports = {"TANDEM_ROUTER_ADMIN_PORT": first + 3, "DYN_SYSTEM_PORT": first + 3 - index, "DYN_VLLM_KV_EVENT_PORT": first + 8,
              "VLLM_NIXL_SIDE_CHANNEL_PORT": first + 12}
     variables = {"TANDEM_MODEL": "/models/smollm2", **{key: str(port) for key, port in ports.items()},
@@ -105,8 +121,9 @@ def container(role: str, model: Path, *arguments: str, index: int = 0, discovery
     started = time.monotonic()
     running = Container(name, first)
     try:
-        wait_for(running.is_healthy, HEALTHY_S, f"{role} to be healthy")
-        print(f"{role} {' '.join(arguments)}: healthy after {time.monotonic() - started:.1f} s")  # noqa: T201 - shown by pytest -s
+        if wait:
+            wait_for(running.is_healthy, HEALTHY_S, f"{role} to be healthy")
+            print(f"{role} {' '.join(arguments)}: healthy after {time.monotonic() - started:.1f} s")  # noqa: T201 - shown by pytest -s
         yield running
     except AssertionError:
         print(running.log())  # noqa: T201 - or nobody sees why
@@ -146,8 +163,10 @@ async def test_prefill_decode_and_router(model: Path) -> None:
     """Three containers that meet in a folder: KV blocks travel between two, the third one places, and loses nothing at its stop."""
     with ExitStack() as stack:
         discovery = shared_folder(stack)
-        prefill = stack.enter_context(container("worker", model, "--is-prefill-worker", index=1, discovery=discovery))
-        decode = stack.enter_context(container("worker", model, "--is-decode-worker", index=1, discovery=discovery))
+        prefill, decode = (stack.enter_context(container("worker", model, flag, index=1, discovery=discovery, wait=False))
+                           for flag in ("--is-prefill-worker", "--is-decode-worker"))
+        for worker in (prefill, decode):
+            await asyncio.to_thread(wait_for, worker.is_healthy, HEALTHY_S, f"{worker} to be healthy")
         router = stack.enter_context(container("router", model, discovery=discovery))
         await asyncio.to_thread(wait_for, lambda: placed(router) == 2, 120, "the router to place both")
         assert "Paris" in await paris(router.grpc_url, "router")
@@ -182,7 +201,7 @@ def test_what_is_in_the_image() -> None:
     """A list of its packages, its labels, and no wheelhouse or package settings of the host that built it."""
     labels = json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", IMAGE))
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
-    foreign = "find / -xdev -name '*.whl' -o -xdev -name pip.conf | grep -v ensurepip || true"
+    foreign = "find / -xdev -name '*.whl' -o -xdev -name pip.conf | grep -v -e ensurepip -e /usr/share/python-wheels || true"
     script = f"set -e; wc -l < $0/python.txt; wc -l < $0/debian.tsv; {foreign}; id -u"
     words = docker("run", "--rm", "--network=none", IMAGE, "bash", "-c", script, labels["dev.tandem.sbom"]).split()
     assert int(words[0]) > 150

@@ -83,6 +83,13 @@ def test_the_time_since_the_last_engine_was_ready_is_told(monkeypatch: pytest.Mo
     assert progress.all_ready_for() == 7
 
 
+def test_a_router_alone_has_the_whole_time_to_start() -> None:
+    """Without engines there is no last one that got ready, so the server's grace after it never begins."""
+    progress = Progress((), time.monotonic() - 1000)
+    progress.show("")
+    assert progress.all_ready_for() == 0
+
+
 def test_a_consolidator_that_cannot_start_ends_the_wait() -> None:
     """Its own sentence is the reason; what its supervisor says of later ends is not."""
     said = "the consolidated KV events can't be published at tcp://0.0.0.0:57001 (Address already in use): set TANDEM_CONSOLIDATOR_PORT"

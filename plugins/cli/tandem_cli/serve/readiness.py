@@ -47,7 +47,7 @@ class Progress:
         """Takes the log so far."""
         ready = frozenset(_READY.findall(log_text)) & frozenset(self.workers)
         elapsed = time.monotonic() - self.started
-        if len(ready) == len(self.workers) and self.complete_at is None:
+        if self.workers and len(ready) == len(self.workers) and self.complete_at is None:  # a router alone has the whole start to itself
             self.complete_at = time.monotonic()
         if ready == self.shown and elapsed - self.last < _REPORT_EVERY_S:
             return
