@@ -93,7 +93,7 @@ def make_load(args: argparse.Namespace, profile: Profile) -> Load:
 def _subject(name: str, args: argparse.Namespace, config: PlannerConfig, profile: Profile, load: Load, targets: Targets) -> Subject:
     settings = fleet_settings(config, args.start_s)
     sizes = parse_sizes(args.begin, config.mode) if args.begin else beginning(name, config.mode)
-    expected = replace(config, isl=float(load.input_tokens.mean()), osl=float(load.output_tokens.mean()))
+    expected = replace(config, isl=float(load.input_tokens.mean()), osl=float(load.output_tokens.mean()), worker_start=args.start_s)
     policy = make_policy(name, expected, profile)
     done = simulate(load, engine_times(profile), settings, policy, sizes, Schedule(config.load_interval, config.adjustment_interval))
     return Subject(summarize(name, done, targets, config.adjustment_interval), done)
