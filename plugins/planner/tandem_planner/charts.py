@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 720, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 28, 36
+_LEGEND = 110
+"""Where the labels of lines begin, right of the axis."""
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 
 
@@ -42,6 +44,7 @@ class _Frame:
     def __init__(self, lines: Sequence[Line], y_top: float | None) -> None:
         xs = [x for line in lines for x in line.xs if math.isfinite(x)] or [0.0, 1.0]
         ys = [y for line in lines for y in line.ys if math.isfinite(y)] or [1.0]
+        self._label_width = min(130.0, (WIDTH - _LEFT - _LEGEND) / max(1, len(lines)))
         self._x0, self._x1 = min(xs), max(max(xs), min(xs) + 1e-9)
         self._y1 = max(min(max(ys), math.inf if y_top is None else y_top), 1e-9) * 1.05
 
@@ -68,10 +71,10 @@ class _Frame:
 
     def line(self, line: Line, index: int) -> list[str]:
         color, dash = COLORS[index % len(COLORS)], ' stroke-dasharray="5 4"' if line.dashed else ""
-        label_x = _LEFT + 170 + 130 * index
+        label_x = _LEFT + _LEGEND + self._label_width * index
         return [
             f'<path d="{self._path(line)}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>',
-            f'<text x="{label_x}" y="{_TOP - 2}" fill="{color}">{html.escape(line.label)}</text>',
+            f'<text x="{label_x:.0f}" y="{_TOP - 2}" fill="{color}">{html.escape(line.label)}</text>',
         ]
 
     def _path(self, line: Line) -> str:
