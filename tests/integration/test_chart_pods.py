@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chart's containers for real: what it renders is started as rendered, probed, asked for Paris, and ended as a kubelet would."""
+"""The chart's containers for real: what it renders is started as rendered, probed, asked for Paris, and ended as a kubelet would.
 
+Those with engines have not been run yet, and are only run when TANDEM_TEST_ENGINE_PODS is set.
+"""
+
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from servers import START_TIMEOUT_S, wait_for
 from tandem_cli.serve.embedded_model import embedded_model
 
 pytestmark = pytest.mark.slow
+with_engines = pytest.mark.skipif(not os.environ.get("TANDEM_TEST_ENGINE_PODS"), reason="TANDEM_TEST_ENGINE_PODS is not set")
 LEAVE_S, DRAIN_S, ALIVE_S = 1, 60, 60
 END_S = 70
 """What the chart adds to the grace period for the end itself."""
@@ -66,6 +71,7 @@ def test_the_charts_etcd(net: Network, tmp_path: Path) -> None:
         server.end(ALIVE_S)
 
 
+@with_engines
 def test_an_aggregated_pod(net: Network, tmp_path: Path) -> None:
     """Its probes succeed once it serves, the test pod's program hears Paris, and a request in flight at its end is finished first."""
     documents = rendered("agg")
@@ -107,6 +113,7 @@ def etcd(net: Network, tmp_path: Path) -> Iterator[str]:
     process.wait(30)
 
 
+@with_engines
 def test_prefill_decode_and_router_pods(net: Network, tmp_path: Path, etcd: str) -> None:
     """They meet in etcd by the addresses of their pods, and the router's answer has come by both."""
     documents = rendered("disagg", f'discovery.etcd.endpoint="{etcd}"')
