@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from servers import free_ports, get_json, get_text, post_json, processes_with, wait_for
+from servers import answers, free_ports, get_json, post_json, processes_with, wait_for
 from tandem_cli.serve.fleet import Fleet
 from tandem_cli.serve.layout import source_root
 from tandem_cli.serve.repository import write_repository
@@ -105,17 +105,9 @@ def mock_server(folder: Path, models: int, loaded: tuple[str, ...], tokenizer: P
     server = MockServer(process, mark, first, first + 3, folder / "log", discovery, metrics)
     try:
         wait_for(lambda: server.placed() == sorted(loaded), START_S, f"the router to place {loaded}")
-        wait_for(lambda: _answers(first), START_S, "the server to be ready")
+        wait_for(lambda: answers(first), START_S, "the server to be ready")
         yield server
     finally:
         for left in server.processes():
             left.kill()
         process.wait(10)
-
-
-def _answers(port: int) -> bool:
-    try:
-        get_text(f"http://127.0.0.1:{port}/v2/health/ready")
-    except OSError:
-        return False
-    return True

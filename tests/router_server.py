@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from servers import free_ports, get_json, get_text, processes_with, wait_for
+from servers import answers, free_ports, get_json, get_text, processes_with, wait_for
 from tandem_cli.serve.fleet import Fleet
 from tandem_cli.serve.layout import source_root
 from tandem_cli.serve.repository import write_repository
@@ -77,17 +77,9 @@ def router_server(folder: Path, store: Path, workers: int, tokenizer: Path, *, i
         for instance in range(instances):
             wait_for(lambda instance=instance: server.placed(instance) == workers and server.fleet(instance)["ready"], START_S,  # type: ignore[misc]
                      f"instance {instance} to place {workers} workers")
-        wait_for(lambda: _answers(first), START_S, "the server to be ready")
+        wait_for(lambda: answers(first), START_S, "the server to be ready")
         yield server
     finally:
         for left in server.processes():
             left.kill()
         process.wait(10)
-
-
-def _answers(port: int) -> bool:
-    try:
-        get_text(f"http://127.0.0.1:{port}/v2/health/ready")
-    except OSError:
-        return False
-    return True

@@ -100,6 +100,15 @@ def get_text(url: str) -> str:
         return str(exc.read().decode())
 
 
+def answers(port: int) -> bool:
+    """Whether a tritonserver answers on its HTTP port, be it ready or not."""
+    try:
+        get_text(f"http://127.0.0.1:{port}/v2/health/ready")
+    except OSError:
+        return False
+    return True
+
+
 def get_json(url: str) -> Any:
     """GET of JSON."""
     return json.loads(get_text(url))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the planner has learned, kept in a file, so that a restart makes no jump. Replaced whole or not at all."""
 
-import os
 from pathlib import Path
 
 import msgspec
 
+from tandem_protocol.durable import replace_file
 from tandem_protocol.errors import ConfigError
 
 _FORMAT = 1
@@ -25,16 +25,7 @@ class SavedState(msgspec.Struct, frozen=True):
 
 def write_state(path: Path, state: SavedState) -> None:
     """Replaces the file. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(msgspec.msgpack.encode(state))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, msgspec.msgpack.encode(state))
 
 
 def read_state(path: Path) -> SavedState | None:

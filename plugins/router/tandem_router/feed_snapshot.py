@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file in which a router keeps its index and its places in the publishers' streams, for a warm restart."""
 
-import os
 from pathlib import Path
 
 import msgspec
 
+from tandem_protocol.durable import replace_file
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.event_sequence_terms import Position
 
@@ -32,15 +32,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Replaces `path` whole, or not at all, and durably. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(msgspec.msgpack.encode(snapshot))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, msgspec.msgpack.encode(snapshot))
 
 
 def read_snapshot(path: Path) -> Snapshot:

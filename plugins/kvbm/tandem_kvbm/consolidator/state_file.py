@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a consolidator keeps on disk, so that its restart costs consumers nothing that the engine's replay buffer has forgotten."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from tandem_kvbm.consolidator.content import Adapter, Content, Kind, Unit
 from tandem_kvbm.consolidator.lane_terms import Place
 from tandem_kvbm.consolidator.table import BIRTHS, BLOCKS, FREE, STAMPS, WAITING, Table, reindex
+from tandem_protocol.durable import replace_file
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.event_sequence_terms import Position
 
@@ -72,16 +72,7 @@ def load_lane(saved: SavedLane) -> Content:
 
 def write_state(path: Path, lanes: Mapping[int, SavedLane], positions: Mapping[str, Position]) -> None:
     """Replaces `path` whole, or not at all, and durably. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(msgspec.msgpack.encode(SavedState(dict(lanes), dict(positions))))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, msgspec.msgpack.encode(SavedState(dict(lanes), dict(positions))))
 
 
 def read_state(path: Path) -> SavedState | None:
