@@ -24,7 +24,7 @@ async def test_one_optional_output(client: Any, model: str, stream: bool, name: 
     """An output comes when it is asked for, alone, with the right values."""
     got = await collect(client, Call(model, sampling=GREEDY, stream=stream, returns=(name,)))
     assert all(set(response) == {"text_output", name} for response in got)
-    assert len(got) > 4 if stream else len(got) == 1
+    assert len(got) > 1 if stream else len(got) == 1  # deltas merge while a machine is busy
     _check(name, got)
 
 
