@@ -148,7 +148,8 @@ async def test_a_cancelled_reader_is_cancelled_and_not_told_of_a_lost_worker(con
 
 @pytest.mark.parametrize(
     ("script", "kind"),
-    [(failure("boom"), EngineError), (abort_with(grpc.StatusCode.UNAVAILABLE, "gone"), WorkerLostError),
+    [(failure("boom"), EngineError), (failure("Request for unknown model: 'vllm' has no available versions"), WorkerLostError),
+     (abort_with(grpc.StatusCode.UNAVAILABLE, "gone"), WorkerLostError),
      (abort_with(grpc.StatusCode.INVALID_ARGUMENT, "bad"), RequestError), (abort_with(grpc.StatusCode.INTERNAL, "bad"), EngineError),
      (abort_with(grpc.StatusCode.INTERNAL, "Stub process 'vllm_0_0' is not healthy."), WorkerLostError)],
 )

@@ -39,8 +39,9 @@ _ERRORS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelledError,
     grpc.StatusCode.INTERNAL: EngineError,
 }
-_STUB_LOST = "Stub process"
-"""How Triton begins what it says, as INTERNAL, of a worker whose stub is dead or stuck, until its server ends: `... is not healthy`."""
+_LOST = ("Stub process", "Request for unknown model")
+"""How Triton itself begins what it says of a worker that is not there, as INTERNAL or without any status: `... is not healthy` of a stub
+that is dead or stuck, until its server ends; `... has no available versions` of a model that was unloaded a moment ago."""
 
 
 class WorkerLostError(UnavailableError):
@@ -121,7 +122,7 @@ class Connections:
             async for answer in call:
                 silence.heard()
                 if answer.error_message:
-                    raise EngineError(answer.error_message)
+                    raise _failure(EngineError, answer.error_message)
                 yield answer.infer_response
                 if wire.is_final(answer.infer_response):
                     return
@@ -183,6 +184,8 @@ def translate(error: Any) -> TandemError:
     code, details = error.code(), error.details() or str(error.code())
     if code is grpc.StatusCode.CANCELLED and "aborted" not in details and "went away" not in details:
         return WorkerLostError(f"the worker cancelled the request: {details}")
-    if code is grpc.StatusCode.INTERNAL and details.startswith(_STUB_LOST):
-        return WorkerLostError(details)
-    return _ERRORS.get(code, WorkerLostError)(details)
+    return _failure(_ERRORS.get(code, WorkerLostError), details)
+
+
+def _failure(kind: type[TandemError], details: str) -> TandemError:
+    return WorkerLostError(details) if kind is EngineError and details.startswith(_LOST) else kind(details)
