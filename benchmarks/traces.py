@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mooncake-style request traces: a reader for real files, and a seeded generator for machines that have none.
 
-A trace is JSON lines of `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, one id per block of 512 prompt
-tokens; equal ids at the same place after equal ids mean equal tokens. The last block of a prompt may be filled in part.
+The format is `tandem_planner.traces`'; here every prompt has its ids, and its last block may be filled in part.
 
 The generator's shapes are named after Mooncake's published files (FAST25-release/traces) and match, over their full length:
 
@@ -29,19 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.errors import BenchmarkError
+from tandem_planner.traces import BLOCK_TOKENS, TraceRequest, read_requests
+from tandem_protocol.errors import ConfigError
 
-BLOCK_TOKENS = 512
 MAX_INPUT = 126_000
 _VOCABULARY_MASK = np.uint64(0x7FFF)
-
-
-class TraceRequest(msgspec.Struct, frozen=True):
-    """One line of a trace."""
-
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -90,11 +81,9 @@ class Statistics:
 def read(path: Path, limit: int | None = None) -> list[TraceRequest]:
     """A trace file's first `limit` requests, in order of time. Raises BenchmarkError for what is not a trace."""
     try:
-        with path.open("rb") as lines:
-            trace = [msgspec.json.decode(line, type=TraceRequest) for line in itertools.islice(lines, limit)]
-    except (OSError, msgspec.DecodeError) as exc:
-        fields = ", ".join(TraceRequest.__struct_fields__)
-        raise BenchmarkError(f"{path} is not a Mooncake trace ({exc}): give JSON lines of {fields}") from exc
+        trace = list(itertools.islice(read_requests(path), limit))
+    except ConfigError as exc:
+        raise BenchmarkError(str(exc)) from exc
     if not trace or any(len(item.hash_ids) != -(-item.input_length // BLOCK_TOKENS) or item.output_length < 1 for item in trace):
         raise BenchmarkError(f"{path} is empty, or a request's hash_ids are not one per {BLOCK_TOKENS} input tokens")
     return sorted(trace, key=lambda item: item.timestamp)

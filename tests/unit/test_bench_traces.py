@@ -107,4 +107,4 @@ def test_the_command_reports_its_keys_and_a_missing_trace(capsys: pytest.Capture
     for key in ("reuse_of_ideal", "reuse_of_sticky", "ttft_p50_vs_round_robin", "load_spread", "decision_p99_ms", "ideal_hit"):
         assert f'"{key}": ' in printed
     assert route_trace.main([*arguments, "--trace", str(tmp_path / "none")]) == 2
-    assert "is not a Mooncake trace" in capsys.readouterr().err
+    assert "the trace can't be read" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from tandem_planner.simulate.times import EngineTimes, PrefillTimes, engine_time
 from tandem_planner.simulate.traces import cached_tokens, read_trace
 from tandem_planner.simulate.workers import EngineLimits, Life
 from tandem_planner.terms import Decision, Mode, Observation
+from tandem_planner.traces import TraceRequest
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 
@@ -249,14 +250,8 @@ def test_traces_are_read_with_what_a_cache_would_have(tmp_path: Path) -> None:
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:
-    @dataclass
-    class Line:
-        hash_ids: list[int]
-        timestamp: float = 0.0
-        input_length: int = 512
-        output_length: int = 1
-
-    assert cached_tokens([Line([1]), Line([2]), Line([1]), Line([3]), Line([2]), Line([3])], 1024) == [0, 0, 512, 0, 0, 512]
+    lines = [TraceRequest(0.0, 512, 1, [block]) for block in (1, 2, 1, 3, 2, 3)]
+    assert cached_tokens(lines, 1024) == [0, 0, 512, 0, 0, 512]
 
 
 @pytest.mark.parametrize("text", ["", '{"timestamp": 1}', "nonsense", '{"timestamp": 1, "input_length": 0, "output_length": 1}'])

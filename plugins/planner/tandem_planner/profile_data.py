@@ -7,6 +7,7 @@
     DIR/prefill_raw_data.json, DIR/decode_raw_data.json   the same keys with lists, read where there is no npz
 """
 
+import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem_protocol.durable import replace_file
 from tandem_protocol.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -145,14 +147,11 @@ def _load_json(path: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, npz: Path, text: Path, arrays: Mapping[str, Floats]) -> None:
-    (folder / npz).parent.mkdir(parents=True, exist_ok=True)
-    started = (folder / npz).with_suffix(".partial.npz")
-    np.savez(started, **dict(arrays))
-    started.replace(folder / npz)
+    packed = io.BytesIO()
+    np.savez(packed, **dict(arrays))
+    replace_file(folder / npz, packed.getvalue())
     lists = {name: array.tolist() for name, array in arrays.items()}
-    partial = (folder / text).with_suffix(".partial")
-    partial.write_text(json.dumps(lists, indent=1) + "\n")
-    partial.replace(folder / text)
+    replace_file(folder / text, (json.dumps(lists, indent=1) + "\n").encode())
 
 
 def _check(arrays: tuple[Floats, ...] | list[Floats], names: tuple[str, ...]) -> None:

@@ -1,70 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mooncake-style traces as loads: JSON lines of `timestamp` (ms), `input_length`, `output_length` and, optionally, `hash_ids`.
+"""Traces as loads.
 
-Equal ids at the beginning of prompts are equal blocks. What of a prompt is cached is worked out before the simulation, with one LRU
-cache of a bounded number of tokens in front of the fleet: what a router that places by KV can have at best.
+What of a prompt is cached is worked out before the simulation, with one LRU cache of a bounded number of tokens in front of the fleet:
+what a router that places by KV can have at best.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from tandem_planner.simulate.load import Load
+from tandem_planner.traces import BLOCK_TOKENS, TraceRequest, read_requests
 from tandem_protocol.errors import ConfigError
-
-BLOCK_TOKENS = 512
-_MAX_FILE_BYTES = 1 << 30
-
-
-class Line(Protocol):
-    """One request of a trace."""
-
-    @property
-    def timestamp(self) -> float:
-        """Milliseconds."""
-
-    @property
-    def input_length(self) -> int:
-        """Tokens."""
-
-    @property
-    def output_length(self) -> int:
-        """Tokens."""
-
-    @property
-    def hash_ids(self) -> list[int]:
-        """One per block of the prompt."""
-
-
-class TraceLine(msgspec.Struct, frozen=True):
-    """One line of a file."""
-
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int] = []
 
 
 def read_trace(path: Path, cache_tokens: int, speed: float = 1.0) -> Load:
     """A file as a load. `speed` 2 lets requests arrive twice as fast. Raises ConfigError for what is no trace."""
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise ConfigError(f"trace {path} has more than {_MAX_FILE_BYTES >> 20} MiB: cut it into pieces")
-        lines = [msgspec.json.decode(line, type=TraceLine) for line in path.read_bytes().splitlines() if line.strip()]
-    except (OSError, msgspec.DecodeError) as exc:
-        raise ConfigError(f"{path} is not a trace ({exc}): give JSON lines of timestamp, input_length, output_length, hash_ids") from exc
-    return from_lines(path.name, lines, cache_tokens, speed)
+    return from_lines(path.name, list(read_requests(path)), cache_tokens, speed)
 
 
-def from_lines(name: str, lines: Sequence[Line], cache_tokens: int, speed: float = 1.0) -> Load:
-    """Requests as a load that begins at 0. Raises ConfigError for an empty trace or lengths below 1."""
+def from_lines(name: str, lines: Sequence[TraceRequest], cache_tokens: int, speed: float = 1.0) -> Load:
+    """Requests as a load that begins at 0. Raises ConfigError for an empty trace."""
     if not lines or speed <= 0:
         raise ConfigError(f"trace {name} is empty, or --speed is not above 0")
-    ordered = sorted(lines, key=_timestamp)
+    ordered = sorted(lines, key=attrgetter("timestamp"))
     begin = ordered[0].timestamp
     at = np.array([(line.timestamp - begin) / 1000 / speed for line in ordered])
     lengths = np.array([line.input_length for line in ordered], dtype=np.int64)
@@ -73,7 +35,7 @@ def from_lines(name: str, lines: Sequence[Line], cache_tokens: int, speed: float
     return Load(name, at, lengths, outputs, cached, float(at[-1]) + 1.0)
 
 
-def cached_tokens(lines: Sequence[Line], cache_tokens: int) -> list[int]:
+def cached_tokens(lines: Sequence[TraceRequest], cache_tokens: int) -> list[int]:
     """Prompt tokens of each request that are in one LRU cache of so many tokens when it comes."""
     cache: OrderedDict[int, None] = OrderedDict()
     room = cache_tokens // BLOCK_TOKENS
@@ -87,7 +49,3 @@ def cached_tokens(lines: Sequence[Line], cache_tokens: int) -> list[int]:
         while len(cache) > room:
             cache.popitem(last=False)
     return hits
-
-
-def _timestamp(line: Line) -> float:
-    return line.timestamp
