@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 
 from discovery_contract import worker
 from prometheuses import BINARY, RealPrometheus
+from servers import wait_for
 from tandem_planner.observe import Observer
 from tandem_planner.prometheus import Prometheus
 from tandem_planner.queries import Source, TrafficQueries
@@ -131,16 +132,18 @@ async def _look(prometheus: RealPrometheus, source: Source, address: str, model:
 async def _scraped(prometheus: RealPrometheus, count: int) -> None:
     """Until so many requests have been seen."""
     series = 'tandem_router_cached_tokens_count{model="Org/Model"}'
-    async with asyncio.timeout(WAIT_S):
-        while not (found := prometheus.query(series)) or float(found[0]["value"][1]) < count:  # noqa: ASYNC110 - another process's
-            await asyncio.sleep(0.05)
+
+    def seen() -> bool:
+        found = prometheus.query(series)
+        return bool(found) and float(found[0]["value"][1]) >= count
+
+    await asyncio.to_thread(wait_for, seen, WAIT_S, f"{count} requests in Prometheus")
 
 
 async def _covered(prometheus: RealPrometheus) -> None:
     """Until there are samples of most of the interval: Prometheus extrapolates from few of them by much."""
-    async with asyncio.timeout(WAIT_S):
-        while not prometheus.query(f"count_over_time(dynamo_frontend_cached_tokens_count[{INTERVAL_S:g}s]) > 14"):  # noqa: ASYNC110 - another process's
-            await asyncio.sleep(0.05)
+    query = f"count_over_time(dynamo_frontend_cached_tokens_count[{INTERVAL_S:g}s]) > 14"
+    await asyncio.to_thread(wait_for, lambda: bool(prometheus.query(query)), WAIT_S, "samples of most of the interval")
 
 
 async def _until_missing(prometheus: RealPrometheus, address: str) -> Observation:

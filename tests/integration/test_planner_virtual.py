@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from etcds import BINARY, Etcd
+from servers import wait_for
 from tandem_planner.connectors import Bounds
 from tandem_planner.connectors.virtual import VirtualConnector
 from tandem_planner.terms import Pool
@@ -50,9 +51,7 @@ async def test_decisions_are_left_for_others_and_wait_for_their_acknowledgement(
     connector, client = VirtualConnector(etcd.url, "prod", BOUNDS, ROLES), Client(etcd)
     assert await connector.pools() == {Role.PREFILL: Pool(0, 0), Role.DECODE: Pool(0, 0)}
     scaling = asyncio.create_task(connector.scale(Role.DECODE, 2))
-    async with asyncio.timeout(WAIT_S):
-        while client.read().get("decision_id") != "0":  # noqa: ASYNC110 - another process's state
-            await asyncio.sleep(0.02)
+    await asyncio.to_thread(wait_for, lambda: client.read().get("decision_id") == "0", WAIT_S, "the decision in etcd")
     assert client.read() == {"num_prefill_workers": "0", "num_decode_workers": "2", "decision_id": "0"}
     assert (await connector.pools())[Role.DECODE] == Pool(ready=0, wanted=2)
     assert not scaling.done()
