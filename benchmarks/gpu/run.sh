@@ -84,7 +84,7 @@ _stage_two() {
 
 _stage_same_gpu() {
   local load=(--model "$small" --targets disagg --concurrency 1,8,32 --requests-per-level 16,64,128)
-  local -x CUDA_VISIBLE_DEVICES=0
+  local -x CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
   _bench serving aggregated 120 "${load[@]}" --targets triton
   UCX_CUDA_IPC_ENABLE_GET_ZCOPY=auto _bench serving ucx-default 120 "${load[@]}"
   _bench serving cuda-ipc-get 120 "${load[@]}"
@@ -97,13 +97,13 @@ _stage_kvbm() {
 }
 
 _stage_sleep() {
-  CUDA_VISIBLE_DEVICES=0 _bench gpu.sleep smollm2 240 --model "$small"
+  CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" _bench gpu.sleep smollm2 240 --model "$small"
 }
 
 # Goes on where it was if OUT/planner-profile has a journal of an earlier run.
 _stage_planner_profile() {
   local logs="$work/$stage" left=$((${BUDGET_S:-570} - SECONDS - 90)) admin
-  local -x CUDA_VISIBLE_DEVICES=0
+  local -x CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
   python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
   timeout 300 python -m tandem_cli.main serve --detach --mode agg --routers 0 --http-port 18000 --grpc-port 18001 --metrics-port 18002 \
     --model "$work/llama-8b-shape" --load-format dummy --max-model-len 16384 --max-num-seqs 256 > "$logs/serve.log" 2>&1 \
