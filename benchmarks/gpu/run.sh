@@ -7,6 +7,7 @@
 #   same-gpu  1 GPU:  prefill and decode on it, with UCX's default, with reads by CUDA IPC, and under MPS
 #   kvbm      1 GPU:  benchmarks.kvbm, an 8B shape
 #   sleep     1 GPU:  benchmarks.gpu.sleep, SmolLM2-135M: aggregated, prefill and decode sleep and wake
+#   speculation  1 GPU: benchmarks.gpu.speculation, SmolLM2-135M: without, with n-grams and with a draft model, aggregated and disaggregated
 #   planner-profile  1 GPU: `tandem profile` of an aggregated 8B shape; the profile is left in OUT/planner-profile, for bench planner
 # TANDEM_GPU_VENV  the environment (default /opt/tandem)     BUDGET_S  seconds for everything (default 570)
 # Each stage leaves three files in OUT: STAGE.jsonl (one report a line), STAGE.log (progress), STAGE.tar.gz (all logs).
@@ -100,20 +101,33 @@ _stage_sleep() {
   CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" _bench gpu.sleep smollm2 240 --model "$small"
 }
 
-# Goes on where it was if OUT/planner-profile has a journal of an earlier run.
+_stage_speculation() {
+  CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" _bench gpu.speculation smollm2 170 --model "$small"
+}
+
+# As many points as fit into BUDGET_S; it goes on where it was if OUT/planner-profile has a journal of an earlier run.
 _stage_planner_profile() {
-  local logs="$work/$stage" left=$((${BUDGET_S:-570} - SECONDS - 90)) admin
-  local -x CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+  local logs="$work/$stage" budget="${BUDGET_S:-570}" admin limit
+  local -x CUDA_VISIBLE_DEVICES=0
   python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
-  timeout 300 python -m tandem_cli.main serve --detach --mode agg --routers 0 --http-port 18000 --grpc-port 18001 --metrics-port 18002 \
-    --model "$work/llama-8b-shape" --load-format dummy --max-model-len 16384 --max-num-seqs 256 > "$logs/serve.log" 2>&1 \
-    || { _say "planner-profile: the server did not start"; failed=1; return; }
+  timeout -k 30 $((budget - SECONDS)) python -m tandem_cli.main serve --detach --mode agg --routers 0 --start-timeout $((budget - SECONDS - 45)) \
+    --http-port 18000 --grpc-port 18001 --metrics-port 18002 --model "$work/llama-8b-shape" --load-format dummy \
+    --max-model-len 16384 --max-num-seqs 256 > "$logs/serve.log" 2>&1 || { _say "planner-profile: the server did not start"; failed=1; _keep_server_log; return; }
   admin="$(python -c 'import json, sys; print(next(iter(json.load(open(sys.argv[1]))["admin_urls"].values())))' "$TANDEM_RUN_DIR/18000/state.json")"
-  timeout -k 30 "$left" python -m tandem_cli.main profile --json --url localhost:18001 --model vllm --admin "$admin" --out "$out/planner-profile" \
-    --max-context 16000 --vocabulary 49000 --prefill-points 10 --contexts 5 --loads 6 --ttft 300 --itl 10 --osl 300 \
+  limit=$((budget - SECONDS - 40))
+  _say "planner-profile: the server answers; $limit s for measuring"
+  timeout -k 10 $((limit + 15)) python -m tandem_cli.main profile --json --url localhost:18001 --model vllm --admin "$admin" \
+    --out "$out/planner-profile" --limit-s "$limit" --max-context 16000 --vocabulary 49000 \
+    --prefill-points 10 --contexts 5 --loads 5 --decode-tokens 48 --ttft 300 --itl 10 --osl 300 \
     > "$logs/report.json" 2> >(tee -a "$out/$stage.log" >&2) || { _say "planner-profile: cut short; run it again to go on"; failed=1; }
   tail -n 1 "$logs/report.json" | tee -a "$out/$stage.jsonl"
-  timeout 90 python -m tandem_cli.main stop --http-port 18000 >> "$logs/stop.log" 2>&1 || _say "something could not be stopped, see stop.log"
+  timeout 60 python -m tandem_cli.main stop --http-port 18000 --drain-timeout-s 0 >> "$logs/stop.log" 2>&1 || _say "something could not be stopped, see stop.log"
+  _keep_server_log
+}
+
+# tritonserver's own log lies beside the folder of its run.
+_keep_server_log() {
+  cp "$TANDEM_RUN_DIR"/*.log "$work/$stage/" 2> /dev/null || true
   _pack
 }
 
@@ -133,10 +147,10 @@ _bench_under_mps() {
 
 _main() {
   local stage small
-  [ $# -gt 0 ] || { sed -n '3,13p' benchmarks/gpu/run.sh; exit 2; }
+  [ $# -gt 0 ] || { sed -n '3,14p' benchmarks/gpu/run.sh; exit 2; }
   [ -n "$out" ] || { echo "run.sh: set OUT to the folder for the results" >&2; exit 2; }
   for stage in "$@"; do
-    case "$stage" in one | two | same-gpu | kvbm | sleep | planner-profile) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm, sleep or planner-profile" >&2; exit 2 ;; esac
+    case "$stage" in one | two | same-gpu | kvbm | sleep | speculation | planner-profile) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm, sleep, speculation or planner-profile" >&2; exit 2 ;; esac
   done
   _environment
   mkdir -p "$out"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The profiler's points, windows, journal, files and advice, without a server."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tandem_cli.profile import label
+from tandem_cli.profile.server import label
 from tandem_planner.profile_data import Profile, read_profile, write_profile
 from tandem_planner.profiler.advice import advise
-from tandem_planner.profiler.grid import DecodePoint, GridPlan, PrefillPoint
+from tandem_planner.profiler.grid import DecodePoint, GridPlan, PrefillPoint, outermost_first
 from tandem_planner.profiler.journal import NAME, Journal, Subject
 from tandem_planner.profiler.measuring import (
     DecodeResult,
@@ -55,6 +56,11 @@ def prompts() -> Prompts:
     return Prompts(1000, np.random.default_rng(1))
 
 
+def batch(isl: int, count: int) -> list[npt.NDArray[np.int32]]:
+    drawn = prompts()
+    return [drawn.draw(isl) for _ in range(count)]
+
+
 def say_nothing(text: str) -> None:
     assert text
 
@@ -92,7 +98,7 @@ async def test_prefill_is_the_median_of_prompts_that_nobody_has_seen() -> None:
 
 async def test_decode_warms_its_prompts_and_measures_them_together() -> None:
     streams = FakeStreams()
-    result = await measure_decode(DecodePoint(1000, 16, 4), streams, prompts())
+    result = await measure_decode(DecodePoint(1000, 16, 4), streams, batch(1000, 4))
     assert result.itl_s == pytest.approx(0.01, rel=0.02)
     assert result.tokens_per_s == pytest.approx(400, rel=0.02)
     assert result.context == pytest.approx(1008, abs=2)
@@ -103,14 +109,14 @@ async def test_decode_warms_its_prompts_and_measures_them_together() -> None:
 async def test_answers_are_made_longer_until_all_generate_together() -> None:
     """The second request begins 12 of 16 tokens after the first."""
     streams = FakeStreams(stagger_s=0.12)
-    result = await measure_decode(DecodePoint(100, 16, 2), streams, prompts())
+    result = await measure_decode(DecodePoint(100, 16, 2), streams, batch(100, 2))
     assert [tokens for _, tokens in streams.calls[2:]] == [16, 16, 32, 32]
     assert result.itl_s == pytest.approx(0.01, rel=0.02)
 
 
 async def test_requests_that_never_generate_together_are_an_error() -> None:
     with pytest.raises(EngineError, match="prefix caching"):
-        await measure_decode(DecodePoint(100, 16, 3), FakeStreams(stagger_s=10), prompts())
+        await measure_decode(DecodePoint(100, 16, 3), FakeStreams(stagger_s=10), batch(100, 3))
 
 
 def test_the_window_is_what_all_streams_share() -> None:
@@ -158,6 +164,22 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path, SUBJECT)
 
 
+async def test_the_points_of_a_context_share_their_prompts_and_the_outermost_contexts_come_first(tmp_path: Path) -> None:
+    plan = replace(PLAN, contexts=3, loads=3)
+    streams, journal = FakeStreams(), Journal(tmp_path, SUBJECT)
+    await measure(plan, journal, streams, Measuring(prompts(), 1, prefill=False), say_nothing)
+    isls = sorted({point.isl for point in plan.decode()})
+    assert [row[0].isl for row in plan.rows()] == [isls[0], isls[2], isls[1]]
+    assert list(journal.decode) == [point for row in plan.rows() for point in row]
+    assert set(journal.decode) == set(plan.decode())
+    assert len(streams.prompts) == sum(row[0].requests for row in plan.rows())
+
+
+def test_the_ends_come_first_and_then_the_widest_gaps() -> None:
+    assert [outermost_first(count) for count in (1, 2, 3, 5)] == [[0], [0, 1], [0, 2, 1], [0, 4, 2, 1, 3]]
+    assert sorted(outermost_first(17)) == list(range(17))
+
+
 async def test_a_point_that_never_gets_steady_is_left_out_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     journal = Journal(tmp_path, SUBJECT)
@@ -179,9 +201,21 @@ async def test_the_files_are_what_the_planner_reads(tmp_path: Path) -> None:
     assert found.decode.itl_ms == pytest.approx(10, rel=0.05)
     assert found.decode.kv_usage.max() <= 1
     assert set(found.decode.context_length) == {136.0, 4072.0}
-    pictures = write_plots(found, tmp_path / "plots")
-    assert len(pictures) == 4
-    assert all(ET.fromstring(picture.read_text()).tag.endswith("svg") for picture in pictures)
+
+
+def test_plots_are_svg_and_with_matplotlib_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = write_plots(Roofline().profile(), tmp_path, say_nothing)
+    assert [file.name for file in files[4:]] == [file.with_suffix(".png").name for file in files[:4]]
+    assert all(ET.fromstring(file.read_text()).tag.endswith("svg") for file in files[:4])
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[4:])
+
+
+def test_without_matplotlib_there_are_svg_plots_and_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said: list[str] = []
+    assert {file.suffix for file in write_plots(Roofline().profile(), tmp_path, said.append)} == {".svg"}
+    assert "matplotlib" in said[0]
 
 
 def advice_for(ttft_s: float, itl_s: float, isl: float, osl: float) -> tuple[bool, float]:

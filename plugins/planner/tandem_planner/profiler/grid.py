@@ -5,6 +5,7 @@ Prefill: prompt lengths evenly spaced in their logarithm. Decode: at each contex
 to as many as the KV cache holds, evenly spaced, so that the surface has whole rows.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import msgspec
@@ -68,8 +69,18 @@ class GridPlan:
 
     def decode(self) -> list[DecodePoint]:
         """By context, few requests first."""
-        isls = _spaced(self.min_isl, self.max_context - 2 * self.osl, self.contexts)
-        return [DecodePoint(isl, self.osl, requests) for isl in isls for requests in self._loads(isl)]
+        return [DecodePoint(isl, self.osl, requests) for isl in self._contexts() for requests in self._loads(isl)]
+
+    def rows(self) -> list[list[DecodePoint]]:
+        """The points of `decode` as they are measured: the outermost contexts first, then those between, so that a profile that is cut
+        short spans its range; in each as many requests as fit first, so that their prompts are cached for the others.
+        """
+        isls = self._contexts()
+        ordered = [isls[at] for at in outermost_first(len(isls))]
+        return [[DecodePoint(isl, self.osl, requests) for requests in reversed(self._loads(isl))] for isl in ordered]
+
+    def _contexts(self) -> list[int]:
+        return _spaced(self.min_isl, self.max_context - 2 * self.osl, self.contexts)
 
     def _loads(self, isl: int) -> list[int]:
         most = max(1, min(self.max_requests, int(self.max_kv_tokens * _FULL / (isl + 2 * self.osl))))
@@ -83,3 +94,13 @@ _FULL = 0.95
 def _spaced(low: int, high: int, count: int) -> list[int]:
     """Whole numbers from `low` to `high`, evenly spaced in their logarithm, each once."""
     return sorted({round(value) for value in np.geomspace(low, high, count)}) if count > 1 else [high]
+
+
+def outermost_first(count: int) -> list[int]:
+    """The places 0 to `count` - 1: the ends, then always the middle of the widest gap."""
+    order = [0, count - 1][: min(count, 2)]
+    while len(order) < count:
+        known = sorted(order)
+        low, high = max(itertools.pairwise(known), key=lambda gap: gap[1] - gap[0])
+        order.append((low + high) // 2)
+    return order

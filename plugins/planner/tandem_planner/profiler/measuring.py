@@ -2,9 +2,9 @@
 """One point of the grid on a running server.
 
 Prefill: one prompt at a time, never seen before, so that nothing of it is cached; the median of several.
-Decode: all prompts are sent once for a single token, so that prefix caching has them; then all at once. ITL and throughput are those of
-the window in which every request generates: from the last one's first token to the first one's last. Where that window is short, since
-nothing is cached, answers are made longer.
+Decode: all prompts are sent once for a single token, so that prefix caching has them (many do already, since the points of one context
+share their prompts); then all at once. ITL and throughput are those of the window in which every request generates: from the last one's
+first token to the first one's last. Where that window is short, since nothing is cached, answers are made longer.
 """
 
 import asyncio
@@ -21,11 +21,13 @@ from tandem_protocol.errors import EngineError
 
 TokenTimes = Sequence[tuple[float, int]]
 """(seconds, tokens so far), rising."""
+Batch = Sequence[npt.NDArray[np.int32]]
+"""Prompts as token ids."""
 LEAST_WINDOW = 0.5
 """Of an answer's tokens that must come while all requests generate."""
 MOST_STRETCH = 8
 """Times the wanted length to which an answer may be made longer."""
-_WARM_AT_ONCE = 8
+_WARM_AT_ONCE = 16
 
 
 class PrefillResult(msgspec.Struct, frozen=True):
@@ -73,9 +75,8 @@ async def measure_prefill(point: PrefillPoint, streams: Streams, prompts: Prompt
     return PrefillResult(float(np.median(ttft[1:])))
 
 
-async def measure_decode(point: DecodePoint, streams: Streams, prompts: Prompts) -> DecodeResult:
-    """Raises EngineError if no steady window could be had."""
-    batch = [prompts.draw(point.isl) for _ in range(point.requests)]
+async def measure_decode(point: DecodePoint, streams: Streams, batch: Batch) -> DecodeResult:
+    """`batch` holds the point's prompts, one per request. Raises EngineError if no steady window could be had."""
     await _warm(batch, streams)
     for stretch in (1, 2, MOST_STRETCH):
         tokens = point.osl * stretch
@@ -86,7 +87,7 @@ async def measure_decode(point: DecodePoint, streams: Streams, prompts: Prompts)
     raise EngineError(f"{point.requests} requests with prompts of {point.isl} tokens never generated together: turn prefix caching on")
 
 
-async def _warm(batch: Sequence[npt.NDArray[np.int32]], streams: Streams) -> None:
+async def _warm(batch: Batch, streams: Streams) -> None:
     gate = asyncio.Semaphore(_WARM_AT_ONCE)
 
     async def one(prompt: npt.NDArray[np.int32]) -> TokenTimes:
