@@ -108,20 +108,21 @@ _stage_speculation() {
 # As many points as fit into BUDGET_S; it goes on where it was if OUT/planner-profile has a journal of an earlier run.
 _stage_planner_profile() {
   local logs="$work/$stage" budget="${BUDGET_S:-570}" admin limit
-  local -x CUDA_VISIBLE_DEVICES=0
+  local -x CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
   python -m benchmarks.shapes "$small" "$work/llama-8b-shape"
   timeout -k 30 $((budget - SECONDS)) python -m tandem_cli.main serve --detach --mode agg --routers 0 --start-timeout $((budget - SECONDS - 45)) \
-    --http-port 18000 --grpc-port 18001 --metrics-port 18002 --model "$work/llama-8b-shape" --load-format dummy \
-    --max-model-len 16384 --max-num-seqs 256 > "$logs/serve.log" 2>&1 || { _say "planner-profile: the server did not start"; failed=1; _keep_server_log; return; }
-  admin="$(python -c 'import json, sys; print(next(iter(json.load(open(sys.argv[1]))["admin_urls"].values())))' "$TANDEM_RUN_DIR/18000/state.json")"
+    --http-port 18300 --grpc-port 18301 --metrics-port 18302 --admin-port 18310 --kv-event-port 18320 --side-channel-port 18330 \
+    --model "$work/llama-8b-shape" --load-format dummy --max-model-len 16384 --max-num-seqs 256 \
+    > "$logs/serve.log" 2>&1 || { _say "planner-profile: the server did not start"; failed=1; _keep_server_log; return; }
+  admin="$(python -c 'import json, sys; print(next(iter(json.load(open(sys.argv[1]))["admin_urls"].values())))' "$TANDEM_RUN_DIR/18300/state.json")"
   limit=$((budget - SECONDS - 40))
   _say "planner-profile: the server answers; $limit s for measuring"
-  timeout -k 10 $((limit + 15)) python -m tandem_cli.main profile --json --url localhost:18001 --model vllm --admin "$admin" \
+  timeout -k 10 $((limit + 15)) python -m tandem_cli.main profile --json --url localhost:18301 --model vllm --admin "$admin" \
     --out "$out/planner-profile" --limit-s "$limit" --max-context 16000 --vocabulary 49000 \
     --prefill-points 10 --contexts 5 --loads 5 --decode-tokens 48 --ttft 300 --itl 10 --osl 300 \
     > "$logs/report.json" 2> >(tee -a "$out/$stage.log" >&2) || { _say "planner-profile: cut short; run it again to go on"; failed=1; }
   tail -n 1 "$logs/report.json" | tee -a "$out/$stage.jsonl"
-  timeout 60 python -m tandem_cli.main stop --http-port 18000 --drain-timeout-s 0 >> "$logs/stop.log" 2>&1 || _say "something could not be stopped, see stop.log"
+  timeout 60 python -m tandem_cli.main stop --http-port 18300 --drain-timeout-s 0 >> "$logs/stop.log" 2>&1 || _say "something could not be stopped, see stop.log"
   _keep_server_log
 }
 
