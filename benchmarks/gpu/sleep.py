@@ -34,7 +34,8 @@ from tandem_cli.serve.run_state import RunState, read_state
 CALL_TIMEOUT_S = 120.0
 SMI_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 90.0
-CLEAR_TIMEOUT_S = 10.0
+CLEAR_TIMEOUT_S = 60.0
+"""Longer than the lease of 30 s on the blocks that the router's probe of a joining prefill worker leaves there."""
 ROLLBACK_BOUND_S = 1.0
 KV_BYTES = 8 << 30
 """KV cache of each engine on a GPU: given, since three engines that measure the free memory at once measure one another."""
