@@ -75,8 +75,16 @@ class Server:
 
 def engine_of(server: Server) -> psutil.Process:
     """The EngineCore process of a server with one worker, found below its stub: vLLM renames it, which can blur its environment."""
-    stubs = [process for process in server.processes() if "triton_python_backend_stub" in " ".join(process.cmdline())]
-    return next(child for stub in stubs for child in stub.children() if "EngineCor" in f"{child.name()} {' '.join(child.cmdline())}")
+    stubs = [process for process in server.processes() if "triton_python_backend_stub" in command_of(process)]
+    return next(child for stub in stubs for child in stub.children() if "EngineCor" in f"{child.name()} {command_of(child)}")
+
+
+def command_of(process: psutil.Process) -> str:
+    """A process's command line; empty for one that ended, be it not reaped yet, like a killed guard's."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # of which ZombieProcess is one
+        return ""
 
 
 def processes_with(variable: str) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from etcds import BINARY, Etcd
 from models import make_tiny_model
 from router_server import RouterServer, router_server
 from routers import LocalRouter, Mocks, Recorder, mocks, router
-from servers import Server, engine_of, free_ports, processes_with, serve, tandem, wait_for
+from servers import Server, command_of, engine_of, free_ports, processes_with, serve, tandem, wait_for
 from spoils.spoils import FOLDER_VARIABLE
 from tandem_cli.serve.layout import source_root
 from tandem_protocol.discovery import LEASE_TTL_S
@@ -82,7 +82,7 @@ class Scene:
 
     def of_module(self, module: str) -> psutil.Process:
         """A Python process by the module that it runs."""
-        return next(process for process in self.server.processes() if module in process.cmdline())
+        return next(process for process in self.server.processes() if module in command_of(process).split())
 
     def spoil(self, place: str) -> None:
         """From now on it raises there."""
@@ -248,7 +248,7 @@ def test_a_killed_consolidator_is_started_again(sturdy: Scene) -> None:
     sent, victim = sturdy.begun(), _consolidator(sturdy)
     victim.kill()
     assert [tokens_of(one) for one in sent] == [TOKENS] * STREAMS
-    wait_for(lambda: any("tandem_kvbm.consolidator" in one.cmdline() for one in sturdy.server.processes()), BACK_S, "another one")
+    wait_for(lambda: any("tandem_kvbm.consolidator" in command_of(one).split() for one in sturdy.server.processes()), BACK_S, "another one")
     assert _consolidator(sturdy).pid != victim.pid
 
 
@@ -313,7 +313,7 @@ def test_serve_exits_with_an_error_when_its_server_fails(tmp_path: Path, model: 
 
 
 def _stub_of_router(server: Server) -> psutil.Process:
-    lines = ((process, " ".join(process.cmdline())) for process in server.processes())
+    lines = ((process, command_of(process)) for process in server.processes())
     return next(process for process, line in lines if "triton_python_backend_stub" in line and "/router/" in line)
 
 
@@ -331,8 +331,8 @@ class Routed:
 
     def ask(self, text: str, timeout_s: float = 30.0) -> str:
         """One request through the server, over HTTP: plain and bounded."""
-        body = f'{{"text_input": "{text}", "max_tokens": 8, "ignore_eos": true}}'.encode()
-        url = f"http://127.0.0.1:{self.server.http_port}/v2/models/router/generate"
+        body = f'{{"text_input": "{text}", "stream": true, "max_tokens": 8, "ignore_eos": true}}'.encode()
+        url = f"http://127.0.0.1:{self.server.http_port}/v2/models/router/generate_stream"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, body, method="POST"), timeout=timeout_s) as answer:
                 return str(answer.read().decode())
