@@ -35,6 +35,7 @@ EXPECTED = {
     "agg_router_replicas": ["vllm", "vllm_1", "router", "router"],
     "disagg_router": ["prefill", "prefill_1", "decode", "decode_1", "disagg", "disagg_1", "router"],
     "agg_kvbm": ["vllm"], "disagg_kvbm": ["prefill", "decode", "disagg"], "agg_lmcache": ["vllm"], "agg_spec_decoding": ["vllm"],
+    "agg_spec_decoding_eagle3": ["vllm"],
     "agg_lora": ["vllm"], "dep": ["vllm", "router"],
 }
 """The models of each script, over all servers that it starts."""

@@ -16,6 +16,7 @@ class Stats:
     num_running_reqs: int = 3
     num_waiting_reqs: int = 4
     kv_cache_usage: float = 0.5
+    spec_decoding_stats: object = None
 
 
 def load_at(*times: float) -> EngineLoad:

@@ -171,9 +171,11 @@ def test_gauges_of_the_engine_come_by_rank() -> None:
     metrics = WorkerMetrics()
     value = metrics.registry.get_sample_value
     assert value("dynamo_component_inflight_requests") is None
-    metrics.follow(lambda: EngineFigures(2, 31.5, (RankFigures(0, 100, 0.25), RankFigures(1, 100, 0.75))))
+    metrics.follow(lambda: EngineFigures(2, 31.5, (RankFigures(0, 100, 0.25), RankFigures(1, 100, 0.75, 3.5))))
     assert value("dynamo_component_total_blocks", {"dp_rank": "1"}) == 100
     assert value("dynamo_component_gpu_cache_usage_percent", {"dp_rank": "1"}) == 0.75
+    assert value("tandem_worker_accept_length", {"dp_rank": "1"}) == 3.5
+    assert value("tandem_worker_accept_length", {"dp_rank": "0"}) is None
     assert (value("dynamo_component_inflight_requests"), value("dynamo_component_model_load_time_seconds")) == (2, 31.5)
     assert 0 <= (value("dynamo_component_uptime_seconds") or -1) < 60
 

@@ -32,6 +32,7 @@ def engine_config(**events: object) -> Any:
         cache_config=SimpleNamespace(block_size=32, num_gpu_blocks=77),
         scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
         kv_events_config=SimpleNamespace(**{**kv_events, **events}),
+        speculative_config=None,
     )
 
 

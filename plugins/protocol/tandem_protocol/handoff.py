@@ -6,12 +6,15 @@ with every vLLM release, so Tandem reads none of them but the two that say which
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tandem_protocol.errors import RequestError
 
 PREFILL_REQUEST: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
 """What a prefill worker asks its connector for: compute, keep the blocks, and answer with the handoff."""
+SPECULATION = "tandem_speculation"
+"""Not the connector's: how the prefill worker speculates; absent if it doesn't."""
 KVBM_PRIORITY = "kvbm_priority"
 """Not the connector's: what a client's blocks are worth to the KV tiers, an integer. It travels in the same dict, the only one of a
 request's that vLLM shows to tiers."""
@@ -24,6 +27,11 @@ KVBM_WORTH = 100
 def encode(params: dict[str, Any]) -> bytes:
     """The handoff as it travels in the tensor `kv_transfer_params`."""
     return json.dumps(params, separators=(",", ":")).encode()
+
+
+def speculation_of(params: Mapping[str, Any]) -> str:
+    """How the prefill worker of this handoff speculates; empty if it doesn't."""
+    return str(params.get(SPECULATION, ""))
 
 
 def decode(raw: bytes) -> dict[str, Any]:

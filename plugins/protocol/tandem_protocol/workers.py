@@ -54,6 +54,8 @@ class WorkerRecord(Record, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     loras: tuple[str, ...] = ()
+    speculation: str = ""
+    """What of its speculative decoding prefill and decode must share; empty without it. Only equal ones are paired."""
 
     @property
     def placeable(self) -> bool:

@@ -12,6 +12,7 @@ from tandem_router.conditional import prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.dispatch import Routed
 from tandem_router.fleet import Fleet
+from tandem_router.pairing import unpaired, why_alone
 from tandem_router.placement import Decision
 from tandem_router.relay import Delta
 
@@ -29,10 +30,12 @@ def _prefill(routed: Routed, fleet: Fleet, settings: RouterSettings, decision: D
     if decision.worker.role is Role.AGGREGATED:
         return {"remote": False, "reason": "the worker is an aggregated one"}
     pool = fleet.prefill
-    route = prefill_route(decision.non_cached_tokens, routed.route.isl, settings, prefill_available=pool is not None)
+    workers = pool.workers if pool is not None else ()
+    route = prefill_route(decision.non_cached_tokens, routed.route.isl, settings, prefill_available=pool is not None,
+                          alone=why_alone(workers, decision.worker))
     if not route.remote or pool is None:
         return {"remote": False, "reason": route.reason}
-    chosen = pool.peek(replace(routed.route, worker_id=routed.prefill_worker_id))
+    chosen = pool.peek(replace(routed.route, worker_id=routed.prefill_worker_id, exclude=unpaired(workers, decision.worker)))
     return {"remote": True, "reason": route.reason, "worker": _place(chosen)}
 
 

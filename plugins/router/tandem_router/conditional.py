@@ -18,8 +18,11 @@ class PrefillRoute:
     reason: str
 
 
-def prefill_route(non_cached_tokens: int, isl: int, settings: RouterSettings, *, prefill_available: bool) -> PrefillRoute:
+def prefill_route(non_cached_tokens: int, isl: int, settings: RouterSettings, *, prefill_available: bool,
+                  alone: str = "") -> PrefillRoute:
     """Decides by exact token counts; `non_cached_tokens` of the prompt's `isl` are not on the decode worker yet.
+
+    `alone`: why none of the prefill workers fits the decode worker; empty if one does.
 
     UnavailableError if disaggregation is enforced and no prefill worker can be had.
     """
@@ -27,6 +30,10 @@ def prefill_route(non_cached_tokens: int, isl: int, settings: RouterSettings, *,
         if settings.enforce_disagg:
             raise UnavailableError("no prefill worker is available and disaggregation is enforced: start one, or unset DYN_ENFORCE_DISAGG")
         return PrefillRoute(False, "no prefill worker is available, so the decode worker prefills")
+    if alone:
+        if settings.enforce_disagg:
+            raise UnavailableError(f"disaggregation is enforced, and {alone}")
+        return PrefillRoute(False, f"{alone}; the decode worker prefills")
     if not settings.router_conditional_disagg:
         return PrefillRoute(True, "every prompt is prefilled remotely (DYN_ROUTER_CONDITIONAL_DISAGG is off)")
     return _by_length(non_cached_tokens, isl, settings.conditional_disagg_tokens)

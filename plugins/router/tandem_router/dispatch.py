@@ -24,8 +24,10 @@ from tandem_router import wire
 from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections, Patience, WorkerLostError
+from tandem_router.encoding import Encoding
 from tandem_router.meters import RequestMeter, cached_of, count_tokens
 from tandem_router.metrics import RouterMetrics
+from tandem_router.pairing import unpaired, why_alone
 from tandem_router.placement import Decision, Placement, RouteRequest
 from tandem_router.relay import Answer, Delta
 
@@ -46,6 +48,10 @@ class Pools(Protocol):
     @property
     def prefill(self) -> Placement | None:
         """Prefill workers, or None while there are none or no decode workers."""
+
+    @property
+    def encode(self) -> Placement | None:
+        """Encode workers, or None while there are none."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Dispatcher:
         self._connections = connections
         self._settings = settings
         self._metrics = metrics
+        self._encoding = Encoding(connections, settings, metrics)
         self._patience = Patience(settings.first_token_timeout_s, settings.next_token_timeout_s)
 
     async def serve(self, routed: Routed, stream: ResponseStream) -> None:
@@ -129,6 +136,8 @@ class Dispatcher:
     async def _leg(self, routed: Routed, request: GenerationRequest, leg: Leg, answer: Answer, stream: ResponseStream) -> None:
         """Runs the request on its generating worker, after a remote prefill where that is worth it."""
         try:
+            if request.images and not answer.started and (encoders := self._pools.encode) is not None:
+                await self._encoding.encode(encoders, routed.route, request, routed.span)
             if self._prefill_route(leg, routed).remote:
                 leg.pool.prefill_done(leg.decision.ticket)  # its tokens are computed elsewhere
                 request = replace(request, handoff=await self._remote_prefill(routed, request, leg))
@@ -140,8 +149,11 @@ class Dispatcher:
         if leg.decision.worker.role is Role.AGGREGATED:
             return PrefillRoute(False, "the worker is an aggregated one")
         prefill = self._pools.prefill
-        available = prefill is not None and bool(prefill.workers)
-        return prefill_route(leg.decision.non_cached_tokens, routed.route.isl, self._settings, prefill_available=available)
+        workers = prefill.workers if prefill is not None else ()
+        alone = why_alone(workers, leg.decision.worker)
+        if alone:
+            self._metrics.found_unpaired()
+        return prefill_route(leg.decision.non_cached_tokens, routed.route.isl, self._settings, prefill_available=bool(workers), alone=alone)
 
     async def _remote_prefill(self, routed: Routed, request: GenerationRequest, leg: Leg) -> dict[str, Any] | None:
         """The handoff, or None where the decode worker has to prefill by itself. Raises if disaggregation is enforced."""
@@ -149,7 +161,8 @@ class Dispatcher:
         assert pool is not None
         worker_id = ""
         try:
-            decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, exclude=frozenset(), expected_output_tokens=0))
+            decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, expected_output_tokens=0,
+                                           exclude=unpaired(pool.workers, leg.decision.worker)))
             worker_id = decision.worker.id
             with routed.span.child("router.prefill", worker=worker_id) as span:
                 handed = await self._prefill_on(pool, decision, carried(request, span))

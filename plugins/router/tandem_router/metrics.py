@@ -37,6 +37,8 @@ class RouterMetrics:
         self._actual = self._counter("actual_cached_tokens", "Tokens that the worker said were cached.")
         self._migrations = self._counter("model_migration", "Requests that moved to another worker.", "migration_type")
         self._fallbacks = self._counter("prefill_fallbacks", "Remote prefills that failed, so that the decode worker prefilled.")
+        self._unpaired = self._counter("unpaired_prefills", "Requests whose decode worker speculates as no prefill worker does, so that it "
+                                       "prefilled.")
         self._snapshots = self._counter("snapshots", "Snapshots of the index, by outcome.", "outcome")
         self._requests = self._counter("requests", "Requests that ended, by outcome.", "outcome")
         self._active = Gauge("tandem_router_active_requests", "Requests in flight.", registry=self._registry)
@@ -101,6 +103,10 @@ class RouterMetrics:
     def prefill_fell_back(self) -> None:
         """One remote prefill failed."""
         self._fallbacks.inc()
+
+    def found_unpaired(self) -> None:
+        """One request whose decode worker fits no prefill worker."""
+        self._unpaired.inc()
 
     def snapshot(self, outcome: str) -> None:
         """`restored`, `refused` or `absent` at the start, then `saved` or `failed`."""

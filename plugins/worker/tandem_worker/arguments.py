@@ -14,6 +14,7 @@ from tandem_protocol.errors import ConfigError
 from tandem_worker.config import REGISTERED_PORTS, WorkerSettings
 from tandem_worker.connectors import parse_connectors, transfer_config
 from tandem_worker.ranks import HEADLESS, check_cores, local_ranks
+from tandem_worker.speculation import check_speculation
 
 GPU_BLOCK_SIZE = 16
 CPU_BLOCK_SIZE = 32
@@ -28,6 +29,8 @@ class Platform:
 
     is_cpu: bool
     known_arguments: frozenset[str]
+    speculative_methods: frozenset[str] = frozenset()
+    """Empty: any."""
 
 
 def complete(given: EngineArguments, settings: WorkerSettings, platform: Platform) -> EngineArguments:
@@ -41,6 +44,7 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     arguments.pop(HEADLESS, None)
     if platform.is_cpu:
         check_cores(settings.cpu_cores, arguments)
+    check_speculation(arguments, platform.speculative_methods)
     _set_model(arguments, settings)
     _set_transfer(arguments, settings, platform)
     if settings.checkpoint_signal_file and not platform.is_cpu:

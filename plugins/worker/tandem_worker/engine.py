@@ -2,10 +2,11 @@
 """Builds vLLM's AsyncLLM from completed engine arguments. Edge module: imports vLLM, which takes seconds."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from vllm import AsyncEngineArgs
 from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.config.speculative import SpeculativeMethod
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -20,7 +21,7 @@ from tandem_worker.sleep_terms import Abilities
 def detect_platform() -> Platform:
     """The platform as vLLM sees it, with the engine arguments that this vLLM knows."""
     known = frozenset(field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init)
-    return Platform(is_cpu=current_platform.is_cpu(), known_arguments=known)
+    return Platform(is_cpu=current_platform.is_cpu(), known_arguments=known, speculative_methods=frozenset(get_args(SpeculativeMethod)))
 
 
 def build_engine(arguments: EngineArguments, loads: EngineLoads) -> AsyncLLM:

@@ -9,6 +9,7 @@ What holds for every request, whatever happens to it:
 
 import asyncio
 import base64
+import functools
 import io
 import logging
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from tandem_worker.load import EngineLoads
 from tandem_worker.lora.adapters import Adapters
 from tandem_worker.lora.vllm_loras import lora_request
 from tandem_worker.pacing import stream_interval
+from tandem_worker.pairing import is_paired
 from tandem_worker.responses import GenerationEncoder, encode_handoff
 from tandem_worker.sampling import Sampling, generation_params, handoff_params, parse_sampling, prefill_params
+from tandem_worker.speculation import speculation_of
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,11 @@ class Generator:
         token = getattr(self.engine.model_config.hf_text_config, "bos_token_id", None)
         return int(token) if isinstance(token, int) else None
 
+    @property
+    def speculation(self) -> str:
+        """How the engine speculates; empty if it doesn't."""
+        return speculation_of(self.engine.vllm_config.speculative_config)
+
     async def _run(self, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         sampling = parse_sampling(leg.request.sampling)
         async with self.adapters.using(sampling.lora_name) as adapter:
@@ -100,11 +108,13 @@ class Generator:
         interval = stream_interval(active, self.loads.step_s, self.settings.response_rate) if request.stream else 1
         params = self._generation_params(sampling, request, interval)
         if self.settings.effective_role is Role.PREFILL:
-            stream.encode = encode_handoff
+            stream.encode = functools.partial(encode_handoff, speculation=self.speculation)
             params = prefill_params(sampling)
         else:
             stream.encode = GenerationEncoder(request, sampling.n).encode
-        if request.handoff is not None:
+        if request.handoff is not None and not is_paired(request.handoff, self.speculation):
+            await leg.release()
+        elif request.handoff is not None:
             await self._refuse_if_cancelled(stream)
             if sampling.n > 1:
                 # Each sequence would pull, and the first to finish would free the blocks under the others. So pull once,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem_protocol.errors import RequestError
+from tandem_worker.speculation import Acceptance
 
 _SMOOTHING = 0.1
 _IDLE_S = 1.0
@@ -27,6 +28,7 @@ class EngineLoad:
     """Steps that the engine has told of since its start: its pulse."""
     in_engine: int = 0
     """Requests that were, or are being, handed to the engine and have not ended; counted by whoever hands them over."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
     now: Callable[[], float] = time.monotonic
     _last_step: float = field(default=0.0, repr=False)
 
@@ -37,6 +39,8 @@ class EngineLoad:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
+            if (guesses := scheduler_stats.spec_decoding_stats) is not None:
+                self.acceptance.record(guesses.num_drafts, guesses.num_accepted_tokens)
         if generated_tokens > 0:
             self._record_step()
 

@@ -21,6 +21,7 @@ from tandem_protocol.errors import UnavailableError
 from tandem_protocol.workers import EventSource, WorkerRecord
 from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings
+from tandem_worker.speculation import speculation_of
 from tandem_worker.status import WorkerState
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, rank
         max_num_seqs=int(config.scheduler_config.max_num_seqs),
         max_num_batched_tokens=int(config.scheduler_config.max_num_batched_tokens),
         loras=names.loras,
+        speculation=speculation_of(config.speculative_config),
     )
 
 

@@ -84,11 +84,12 @@ class GenerationEncoder:
         raise AssertionError(f"output {name} is declared in tandem_protocol.tensors but not encoded here")
 
 
-def encode_handoff(output: EngineOutput) -> Arrays:
-    """The one response of a prefill worker."""
+def encode_handoff(output: EngineOutput, speculation: str = "") -> Arrays:
+    """The one response of a prefill worker, which says how it speculates."""
     if not output.kv_transfer_params:
         raise EngineError("prefill finished without a handoff: the KV connector kept no blocks, look for its error in the log")
-    return {tensors.KV_TRANSFER_PARAMS: _strings([handoff.encode(output.kv_transfer_params)])}
+    ours = {handoff.SPECULATION: speculation} if speculation else {}
+    return {tensors.KV_TRANSFER_PARAMS: _strings([handoff.encode({**output.kv_transfer_params, **ours})])}
 
 
 def _strings(items: list[str] | list[bytes]) -> npt.NDArray[Any]:

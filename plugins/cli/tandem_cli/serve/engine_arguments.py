@@ -12,6 +12,7 @@ from typing import Any
 
 from tandem_protocol.errors import ConfigError
 from tandem_worker.ranks import HEADLESS
+from tandem_worker.speculation import check_speculation
 
 _ARGUMENT_CLASSES = frozenset({"EngineArgs", "AsyncEngineArgs"})
 
@@ -25,6 +26,7 @@ def parse_engine_arguments(tokens: Sequence[str]) -> dict[str, Any]:
         arguments[name] = value
     for name in arguments:
         _check_known(name)
+    check_speculation(arguments, known_speculative_methods())
     return arguments
 
 
@@ -63,11 +65,33 @@ def _check_known(name: str) -> None:
 @functools.cache
 def known_engine_arguments() -> frozenset[str]:
     """The fields of vLLM's AsyncEngineArgs, read off its source: importing vLLM takes seconds. Empty without vLLM."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
+    tree = _source("engine", "arg_utils.py")
+    if tree is None:
         return frozenset()
-    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in _ARGUMENT_CLASSES]
     return frozenset(
         item.target.id for cls in classes for item in cls.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     )
+
+
+@functools.cache
+def known_speculative_methods() -> frozenset[str]:
+    """vLLM's `SpeculativeMethod`, a Literal of texts and of other Literals, read off its source. Empty without vLLM."""
+    tree = _source("config", "speculative.py")
+    assigned = {node.targets[0].id: node.value for node in (tree.body if tree else []) if isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)}
+
+    def texts(node: ast.AST | None) -> frozenset[str]:
+        inner = ast.walk(node) if node is not None else ()
+        return frozenset().union(*({part.value} if isinstance(part, ast.Constant) else texts(assigned.get(part.id))
+                                   for part in inner if isinstance(part, ast.Constant | ast.Name)))
+
+    return texts(assigned.get("SpeculativeMethod"))
+
+
+def _source(*path: str) -> ast.Module | None:
+    """One of vLLM's modules; None without vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return None
+    return ast.parse(Path(spec.origin).parent.joinpath(*path).read_text())

@@ -30,6 +30,8 @@ class RankFigures:
     total_blocks: int
     kv_usage: float
     """Used share of its KV blocks, 0 to 1."""
+    accept_length: float | None = None
+    """Tokens per guess of speculative decoding, of late; None before the first."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Loads(Protocol):
 
     @property
     def by_rank(self) -> Mapping[int, Any]:
-        """Figures of each rank, among them `kv_usage`."""
+        """Figures of each rank, among them `kv_usage` and `acceptance`."""
 
 
 class Host(Protocol):
@@ -63,7 +65,7 @@ def engine_figures(host: Host, load_time_s: float) -> EngineFigures:
     loads: Loads = host.generator.loads
     ranks = loads.by_rank
     blocks = int(host.generator.engine.vllm_config.cache_config.num_gpu_blocks or 0) // len(ranks)
-    figures = tuple(RankFigures(rank, blocks, load.kv_usage) for rank, load in ranks.items())
+    figures = tuple(RankFigures(rank, blocks, load.kv_usage, load.acceptance.length) for rank, load in ranks.items())
     return EngineFigures(host.status().active, load_time_s, figures)
 
 
@@ -137,6 +139,17 @@ def _engine(figures: EngineFigures) -> Iterable[Metric]:
         usage.add_metric([str(rank.rank)], rank.kv_usage)
     yield total
     yield usage
+    yield from _accept_lengths(figures)
+
+
+def _accept_lengths(figures: EngineFigures) -> Iterable[Metric]:
+    lengths = GaugeMetricFamily("tandem_worker_accept_length", "Tokens per guess of speculative decoding, with the one of the target.",
+                                labels=["dp_rank"])
+    for rank in figures.ranks:
+        if rank.accept_length is not None:
+            lengths.add_metric([str(rank.rank)], rank.accept_length)
+    if lengths.samples:
+        yield lengths
 
 
 def _counter(name: str, text: str, value: float) -> CounterMetricFamily:

@@ -102,7 +102,7 @@ class Fleet:
             id=worker.id, role=settings.role, state=worker.state, model=self.options.model, grpc_url=grpc_address, triton_model=worker.name,
             admin_url=f"http://{self.admin_address}", event_sources=(worker.publisher.source,) if worker.publisher else (),
             block_size=settings.block_size, total_blocks=settings.total_blocks, max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_batched_tokens=settings.max_num_batched_tokens, speculation=settings.speculation,
         )
 
     async def drain(self, worker: MockWorker) -> None:

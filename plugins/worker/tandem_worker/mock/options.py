@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> MockOptions:
     engine = EngineSettings(
         role=Role(given.role), block_size=given.block_size, total_blocks=given.blocks, max_num_seqs=given.max_num_seqs,
         max_num_batched_tokens=given.max_num_batched_tokens, max_model_len=given.max_model_len, watermark=given.watermark,
-        transfer_bytes_per_s=given.transfer_gbps * 1e9 / 8, vocabulary=given.vocabulary,
+        transfer_bytes_per_s=given.transfer_gbps * 1e9 / 8, vocabulary=given.vocabulary, speculation=given.speculation,
     )
     timing = load_profile(given.profile, given.speedup) if given.profile else StepTiming(speedup=given.speedup)
     return MockOptions(engine, timing, given.workers, given.name, given.model, given.host, given.grpc_port, given.admin_port,
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--watermark", type=float, default=default.watermark, help="share of the blocks kept free at admission")
     engine.add_argument("--vocabulary", type=int, default=default.vocabulary, help="token ids are below this")
     engine.add_argument("--transfer-gbps", type=float, default=default.transfer_bytes_per_s * 8 / 1e9, help="of KV pulls, Gbit/s")
+    engine.add_argument("--speculation", default=default.speculation, help="how it says that it speculates; only alike ones are paired")
     process.add_argument("--workers", type=int, default=1)
     process.add_argument("--name", default="mock", help="model names are NAME_0, NAME_1, ...")
     process.add_argument("--model", default="mock", help="the model that all of them claim to serve")

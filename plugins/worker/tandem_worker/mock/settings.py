@@ -25,6 +25,8 @@ class EngineSettings:
     transfer_bytes_per_s: float = 20e9
     """Of a decode worker's KV pulls, one after another."""
     transfer_latency_s: float = 5e-3
+    speculation: str = ""
+    """How it says that it speculates; only what discovery shows of it is played."""
     handoff_lease_s: float = 30.0
     """A prefill worker frees blocks that no decode worker took within this time, as vLLM's NIXL connector."""
 
