@@ -11,7 +11,7 @@ usage() {
 usage: ./build.sh COMMAND [ARGUMENTS]
   serve [OPTIONS]   start Triton with vLLM workers and follow its log (--detach returns when ready, --help tells the rest)
   stop              stop everything that serve started
-  test [--full]     run the tests; --full adds the long suites
+  test [--full]     run the tests; --full adds the long suites; --faults [--report FILE] runs the fault-tolerance suite alone
   check             ruff, mypy, import contracts
   bench NAME        run a benchmark: serving [--json]
   image [OPTIONS]   build the container image (--help tells the options)
@@ -79,6 +79,7 @@ ensure_benchmarks() {
 test_all() {
   local select=(-m "not slow and not gpu")
   if [ "${1:-}" = --full ]; then shift; select=(-m "not gpu"); export TANDEM_TEST_FREED_WITHIN_S="${TANDEM_TEST_FREED_WITHIN_S:-1}"; fi
+  if [ "${1:-}" = --faults ]; then shift; select=(-m "not gpu" tests/fault_tolerance); fi
   "$env/bin/python" -m pytest --durations=25 --durations-min=5 "${select[@]}" "$@"
 }
 
