@@ -24,7 +24,6 @@ from tandem_router import wire
 from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections, Patience, WorkerLostError
-from tandem_router.encoding import Encoding
 from tandem_router.meters import RequestMeter, cached_of, count_tokens
 from tandem_router.metrics import RouterMetrics
 from tandem_router.pairing import unpaired, why_alone
@@ -48,10 +47,6 @@ class Pools(Protocol):
     @property
     def prefill(self) -> Placement | None:
         """Prefill workers, or None while there are none or no decode workers."""
-
-    @property
-    def encode(self) -> Placement | None:
-        """Encode workers, or None while there are none."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,6 @@ class Dispatcher:
         self._connections = connections
         self._settings = settings
         self._metrics = metrics
-        self._encoding = Encoding(connections, settings, metrics)
         self._patience = Patience(settings.first_token_timeout_s, settings.next_token_timeout_s)
 
     async def serve(self, routed: Routed, stream: ResponseStream) -> None:
@@ -136,8 +130,6 @@ class Dispatcher:
     async def _leg(self, routed: Routed, request: GenerationRequest, leg: Leg, answer: Answer, stream: ResponseStream) -> None:
         """Runs the request on its generating worker, after a remote prefill where that is worth it."""
         try:
-            if request.images and not answer.started and (encoders := self._pools.encode) is not None:
-                await self._encoding.encode(encoders, routed.route, request, routed.span)
             if self._prefill_route(leg, routed).remote:
                 leg.pool.prefill_done(leg.decision.ticket)  # its tokens are computed elsewhere
                 request = replace(request, handoff=await self._remote_prefill(routed, request, leg))
