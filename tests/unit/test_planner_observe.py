@@ -44,7 +44,13 @@ def test_the_reference_expressions() -> None:
     labels = '{model=~"(?i)Meta/Llama-3\\\\.1",dynamo_namespace="prod"}'
     assert asked["isl"] == (f"sum(increase(dynamo_frontend_input_sequence_tokens_sum{labels}[180000ms])) / "
                             f"sum(increase(dynamo_frontend_input_sequence_tokens_count{labels}[180000ms]))")
-    assert TrafficQueries().over(0.5)["requests"] == "sum(increase(tandem_router_request_duration_seconds_count[500ms]))"
+    assert asked["requests"] == f"sum(increase(dynamo_frontend_request_duration_seconds_count{labels}[180000ms]))"
+
+
+def test_requests_of_a_router_are_those_that_came_and_not_those_that_ended() -> None:
+    """First tokens, and how many more wait for theirs; a router that tells of none that wait is read all the same."""
+    assert TrafficQueries().over(0.5)["requests"] == ("sum(increase(tandem_router_input_sequence_tokens_count[500ms])) + "
+                                                      "(sum(delta(tandem_router_queued_requests[500ms])) or vector(0))")
 
 
 def test_whole_figures_become_traffic() -> None:

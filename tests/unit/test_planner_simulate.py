@@ -217,13 +217,13 @@ def test_a_worker_that_is_not_wanted_any_more_never_starts() -> None:
 
 
 def test_what_a_planner_sees_is_what_happened() -> None:
-    """Traffic comes once per window, with the requests that ended in it."""
+    """Traffic comes once per window, with the requests that arrived in it."""
     load = arrivals(constant(10, 60), Lengths(1000, 20), 5)
     policy = Restless(itertools.cycle([2]))
     done = simulate(load, TIMES, DISAGG, policy, sizes(Mode.DISAGGREGATED, 2, 2), Schedule(5, 30))
     traffic = [seen.traffic for seen in policy.seen if seen.traffic is not None]
     assert [round(seen.at_s) for seen in policy.seen if seen.traffic is not None][:2] == [30, 60]
-    assert sum(item.requests for item in traffic) == sum(request.end_s <= policy.seen[-1].at_s // 30 * 30 for request in done.requests)
+    assert sum(item.requests for item in traffic) == sum(request.at_s <= policy.seen[-1].at_s // 30 * 30 for request in done.requests)
     assert traffic[0].isl == 1000
     assert traffic[0].ttft.p50 == pytest.approx(np.median([r.ttft_s for r in done.requests]), rel=0.2)
     assert all(math.isfinite(item.request_s) for item in traffic)

@@ -7,9 +7,9 @@ An engine's pressure is its load over the threshold for more workers:
     agg       the larger of both
 Up if any engine is above 1 at two looks in a row, or above `PANIC` at one: by a quarter for each unit of pressure, the mean over all
 engines, by one worker at least and to twice as many at most. A queue says how much was too much for a while, not what is needed for ever;
-and if it goes on, so does the growth. The count rests on ready workers, so that looks during a start don't add up. Down only if every
-worker was read at every look of a window, and the highest pressure of it, spread over the survivors (x N / (N - 1)), stays below a share of
-the threshold.
+and if it goes on, so does the growth. Nothing is added while a queue falls so fast that it will be gone before a worker could come. The
+count rests on ready workers, so that looks during a start don't add up. Down only if every worker was read at every look of a window, and
+the highest pressure of it, spread over the survivors (x N / (N - 1)), stays below a share of the threshold.
 """
 
 import math
@@ -88,10 +88,20 @@ def look(role: Role, state: RoleState, pool: Pool, bounds: Thresholds, config: P
     kept = tuple(one for one in state.samples if at_s - one.at_s <= config.scale_down_window and since is not None and one.at_s >= since)
     over = (state.over_since_s if state.over_since_s is not None else at_s) if highest > 1 else None
     samples = (*kept, Sample(at_s, highest))[-MOST_SAMPLES:] if complete else ()
-    state = changed(state, samples=samples, looked_since_s=since, over_since_s=over)
-    needed = _needed(found, pool, over, config, at_s)
+    needed = _needed(found, pool, over, config, at_s) if not _catching_up(state, found, config, at_s) else None
+    state = changed(state, samples=samples, looked_since_s=since, over_since_s=over, last_sum=Sample(at_s, sum(found)) if found else None)
     least = _least(state, pool, bounds, config, at_s)
     return state, LoadVerdict(needed, least, _terms(role, found, needed, least))
+
+
+def _catching_up(state: RoleState, found: list[float], config: PlannerConfig, at_s: float) -> bool:
+    """Whether another worker would come too late: one joined just now, or the pressure falls so fast that it is gone before a start."""
+    if state.joined_s == at_s:
+        return True
+    if state.last_sum is None or not found or at_s <= state.last_sum.at_s:
+        return False
+    fall_per_s = (state.last_sum.pressure - sum(found)) / (at_s - state.last_sum.at_s)
+    return fall_per_s > 0 and (sum(found) - len(found)) / fall_per_s <= config.worker_start
 
 
 def _needed(found: list[float], pool: Pool, over_since_s: float | None, config: PlannerConfig, at_s: float) -> int | None:

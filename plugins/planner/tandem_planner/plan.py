@@ -58,7 +58,7 @@ class Planner:
         if due(self._config, state, observation):
             state, terms = planned(self._config, self._model, self._forecaster, state, observation)
             for role in self._config.mode.roles:
-                state = state.with_role(role, after_plan(state.of(role), observation.at_s, state.requests_per_s))
+                state = state.with_role(role, after_plan(state.of(role), self._config, observation.at_s, state.requests_per_s))
         else:
             state = lapsed(self._config, state, observation.at_s)
         wishes: dict[Role, Wish] = {}
@@ -86,7 +86,7 @@ class Planner:
             role_state, verdict = look(role, role_state, pool, bounds, self._config, at_s)
         found = wish(role, role_state, pool, verdict, self._config, at_s, state.requests_per_s)
         terms = verdict.terms
-        if kept := lesson_floor(role_state, at_s, state.requests_per_s):
+        if kept := lesson_floor(role_state, self._config, at_s, state.requests_per_s):
             terms += (Term("lesson", kept, f"{kept - 1} were too few at such traffic", role),)
         return state.with_role(role, role_state), found, terms
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every PromQL expression of the planner, in one place. Pure text.
 
-Means are `increase(sum) / increase(count)` over the interval, as the reference planner has them; percentiles are of the same histograms.
-All routers of a model are summed before anything is divided. Each ratio is one expression, since two queries are answered at two instants.
+Requests are those that arrived (`_arrivals`). Means are `increase(sum) / increase(count)` over the interval, as the reference planner has
+them; percentiles are of the same histograms. All routers of a model are summed before anything is divided. Each ratio is one expression,
+since two queries are answered at two instants.
 """
 
 from collections.abc import Mapping
@@ -41,9 +42,8 @@ class TrafficQueries:
     def over(self, interval_s: float) -> Mapping[str, str]:
         """Figure -> expression, over the last `interval_s` seconds. Times are in seconds, lengths in tokens."""
         window = f"{round(interval_s * 1000)}ms"
-        count = self._increase("request_duration_seconds_count", window)
         return {
-            REQUESTS: count,
+            REQUESTS: self._arrivals(window),
             AGE: f"time() - max(timestamp({self._metric('request_duration_seconds_count')}))",
             "isl": self._mean("input_sequence_tokens", window),
             "osl": self._mean("output_sequence_tokens", window),
@@ -52,6 +52,17 @@ class TrafficQueries:
             **self._latency("ttft", "time_to_first_token_seconds", window),
             **self._latency("itl", "inter_token_latency_seconds", window),
         }
+
+    def _arrivals(self, window: str) -> str:
+        """Of the router: requests that got their first token, and how many more wait for theirs than before.
+
+        Those that ended are late, by a queue even: a burst would show when it is over, and its backlog as traffic. Dynamo's are counted as
+        the reference does, by their end.
+        """
+        if self.source is Source.DYNAMO:
+            return self._increase("request_duration_seconds_count", window)
+        waiting = f"sum(delta({self._metric('queued_requests')}[{window}]))"
+        return f"{self._increase('input_sequence_tokens_count', window)} + ({waiting} or vector(0))"
 
     def _latency(self, name: str, histogram: str, window: str) -> dict[str, str]:
         buckets = f"sum by (le) (increase({self._metric(f'{histogram}_bucket')}[{window}]))"

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
-    """The most loaded engine of a pool at one look; 1 is the threshold for more workers."""
+    """A pressure at one look; 1 is an engine's threshold for more workers. In `samples` the most loaded engine's."""
 
     at_s: float
     pressure: float
@@ -47,6 +47,10 @@ class RoleState(msgspec.Struct, frozen=True):
     samples: tuple[Sample, ...] = ()
     over_since_s: float | None = None
     """Since when some engine is above the threshold."""
+    joined_s: float | None = None
+    """When a worker last became ready."""
+    last_sum: Sample | None = None
+    """The pressure of all engines at the last look, with these counts."""
     needed: int | None = None
     """Workers by the last throughput plan; None: there is none."""
     needed_to_shrink: int | None = None

@@ -57,13 +57,14 @@ def planned(config: PlannerConfig, model: SlaModel, forecaster: Forecaster, stat
     rate = believed(foreseen.requests_per_s, seen.requests_per_s, state.requests_per_s)
     demand = Demand(rate, foreseen.isl, foreseen.osl, seen.cached_fraction)
     state = changed(state, history=history, planned_at_s=observation.at_s, requests_per_s=seen.requests_per_s, isl=seen.isl, osl=seen.osl)
+    headroom = shrink_margin(config, model.targets.z, traffic.requests)
     terms = _traffic_terms(seen, foreseen, demand, degraded=degraded)
     for role in config.mode.roles:
         if model.plans(role) and (pool := observation.pools.get(role)) is not None:
             role_state = state.of(role)
             if not config.no_correction:
                 role_state = _learnt(config, model_for(model, role, role_state), role, role_state, seen, traffic, pool, observation.at_s)
-            role_state, more = _needs(config, model_for(model, role, role_state), role, role_state, demand, pool)
+            role_state, more = _needs(config, model_for(model, role, role_state), role, role_state, demand, pool, headroom)
             state, terms = state.with_role(role, role_state), terms + more
     return state, terms
 
@@ -97,16 +98,21 @@ def _learnt(config: PlannerConfig, model: SlaModel, role: Role, state: RoleState
     return changed(state, log_correction=corrected(state.log_correction, ratio))
 
 
+def shrink_margin(config: PlannerConfig, z: float, requests: float) -> float:
+    """For so much more traffic than is planned for must a smaller pool be enough: the setting, and chance in so many requests, up to it."""
+    return math.hypot(config.scale_down_margin, min(config.scale_down_margin, z / math.sqrt(max(requests, 1.0))))
+
+
 def _needs(config: PlannerConfig, model: SlaModel, role: Role, state: RoleState, demand: Demand,
-           pool: Pool) -> tuple[RoleState, tuple[Term, ...]]:
-    need, shrunk = model.need(role, demand), model.need(role, demand.times(1 + config.scale_down_margin))
+           pool: Pool, headroom: float) -> tuple[RoleState, tuple[Term, ...]]:
+    need, shrunk = model.need(role, demand), model.need(role, demand.times(1 + headroom))
     to_shrink = max(shrunk.workers, need.workers)
     below = state.plans_below + 1 if to_shrink < pool.wanted else 0
     terms = (
         Term("correction", math.exp(state.log_correction), "observed over modelled latency", role),
         Term("service_correction", math.exp(state.log_service), "a prompt's time in an engine over the profile's", role), *need.terms,
         Term("needed", need.workers, "workers that keep the target", role),
-        Term("needed_to_shrink", to_shrink, f"the same with {config.scale_down_margin:.0%} more traffic", role),
+        Term("needed_to_shrink", to_shrink, f"the same with {headroom:.0%} more traffic", role),
         Term("plans_below", below, f"plans in a row that ask for fewer than there are; {config.scale_down_patience} are enough", role),
     )
     return changed(state, needed=need.workers, needed_to_shrink=to_shrink, plans_below=below), terms

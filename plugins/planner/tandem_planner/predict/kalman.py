@@ -6,12 +6,18 @@ update, so that time always advances by what passed.
 """
 
 import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem_planner.predict.series import Point, Predictor, steps_between
 
 FIRST_VARIANCE = 1000.0
+LATELY, CREDIT = 5, 1.5
+"""Changes from interval to interval that are looked at; what the filter, which has less noise, may see beyond their median."""
+_MEDIAN_ERROR = 1.4826 * 1.2533
+"""Standard error of a median, from the median distance to it: times this, over the root of the count (normal noise)."""
 
 
 @dataclass(frozen=True)
@@ -58,4 +64,19 @@ class KalmanPredictor(Predictor):
             for _ in range(steps_between(earlier, later, step_s)):
                 belief = belief.stepped(self.q_level, self.q_trend)
             belief = belief.told(later.value, self.r)
-        return belief.level + steps * belief.slope
+        return belief.level + steps * (belief.slope if steps <= 1 else borne_out(belief.slope, history, step_s))
+
+
+def borne_out(slope: float, history: Sequence[Point], step_s: float) -> float:
+    """The slope as far as the last intervals bear it out, for looking further than one: a jump is no slope.
+
+    At most `CREDIT` times the median of the last changes, and none against its direction. Of a fall the median's own error is taken off,
+    since too many workers for an interval cost less than too few.
+    """
+    last = history[-LATELY - 1:]
+    changes = [(later.value - earlier.value) / steps_between(earlier, later, step_s) for earlier, later in itertools.pairwise(last)]
+    middle = statistics.median(changes)
+    if middle >= 0:
+        return min(max(slope, 0.0), CREDIT * middle)
+    error = _MEDIAN_ERROR * statistics.median([abs(change - middle) for change in changes]) / math.sqrt(len(changes))
+    return max(min(slope, 0.0), CREDIT * min(0.0, middle + error))

@@ -66,6 +66,8 @@ class Fleet:
         self._calendar: list[tuple[float, int, SimWorker | SimRequest]] = []
         self.gone: list[SimWorker] = []
         self.in_flight = 0
+        self.arrived_s: list[float] = []
+        """Of requests that weren't refused, in order."""
         self.firsts: list[Milestone] = []
         self.ends: list[Milestone] = []
         for role in settings.mode.roles:
@@ -89,6 +91,7 @@ class Fleet:
             request.refused, request.end_s = True, self.now
             self._note(Outcome([], [], [request]))
         else:
+            self.arrived_s.append(self.now)
             self._place(self.settings.mode.roles[0], request)
 
     def run_until(self, load: Load, requests: list[SimRequest], begin: int, until_s: float) -> int:
