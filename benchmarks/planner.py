@@ -8,12 +8,14 @@ tandem_planner.simulate.analytic, which nobody measured: it serves to compare pl
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.planner_oracle import make_oracle, uphill
 from benchmarks.planner_scenarios import MAX_GPUS, SCENARIOS, SETTLED_S, START_S, Scenario, beginning, fleet
+from tandem_planner.capacity import Capacity
 from tandem_planner.plan import Planner
 from tandem_planner.predict.warmup import history_of
 from tandem_planner.profile_data import Profile, read_profile
@@ -24,11 +26,15 @@ from tandem_planner.simulate.report import Subject, milliseconds, page
 from tandem_planner.simulate.results import Summary, summarize
 from tandem_planner.simulate.run import Schedule, simulate
 from tandem_planner.simulate.times import EngineTimes, engine_times
+from tandem_planner.sla_plan import SlaModel
+from tandem_planner.sla_plan import Targets as SlaTargets
 from tandem_planner.terms import Mode
 from tandem_protocol.roles import Role
 
 PLANNERS, WARM = ("tandem", "hpa", "reference"), "tandem_warm"
 TICK_S = 5.0
+WITHIN_SLA = 0.95
+"""Of the intervals: what a split or a schedule must keep to count as one within the SLA."""
 JUDGED_S = 30.0
 """Of the intervals that are within the SLA or not; whatever the planner's own."""
 _COLUMNS = ("goodput_per_gpu_hour", "sla_attainment", "request_attainment", "mean_gpus", "gpu_hours", "oscillations", "scale_up_s")
@@ -62,19 +68,48 @@ class Bench:
         planner.warm_up(history_of(requests, self.interval_s, end_s=-self.interval_s))
         return planner
 
+    def oracle(self, worth: "Worth") -> str:
+        """The schedule that is worth most of those that know the load beforehand (`planner_oracle`), by name."""
+        return oracle_name(uphill(lambda prefill, decode: worth(self.run_oracle((prefill, decode)))))
+
+    def run_oracle(self, factors: tuple[float, float]) -> Summary:
+        """One schedule, made with these headrooms of prefill and decode."""
+        name = oracle_name(factors)
+        if name not in self.done:
+            config = self.scenario.config(self.interval_s)
+            model = SlaModel(Capacity.of(self.profile), SlaTargets.of(config), 1, 1)
+            policy = make_oracle(self.load, model, START_S, dict(zip(Mode.DISAGGREGATED.roles, factors, strict=True)), MAX_GPUS)
+            run = simulate(self.load, self.times, fleet(), policy, policy.beginning(), Schedule(TICK_S, self.interval_s))
+            self.done[name] = Subject(summarize(name, run, self.scenario.targets, JUDGED_S, SETTLED_S), run)
+        return self.done[name].summary
+
     def _begin(self, name: str) -> dict[Role, int]:
         kind, _, sizes = name.partition(":")
         return parse_sizes(sizes, Mode.DISAGGREGATED) if kind == "static" else beginning(self.scenario, self.profile, self.load)
 
-    def best_static(self) -> tuple[int, int]:
-        """The split with the most goodput per GPU: the best of a coarse grid, then uphill to a neighbour while one is better."""
-        best = max(((prefill, decode) for prefill in (2, 4, 6, 9) for decode in (1, 2, 4)), key=self._worth)
-        while (better := max(_neighbours(best), key=self._worth)) != best:
+    def best_static(self, worth: "Worth") -> tuple[int, int]:
+        """The split that is worth most: the best of a coarse grid, then uphill to a neighbour while one is better."""
+
+        def of(split: tuple[int, int]) -> float:
+            return worth(self.run(static(split)))
+
+        best = max(((prefill, decode) for prefill in (2, 4, 6, 9) for decode in (1, 2, 4)), key=of)
+        while (better := max(_neighbours(best), key=of)) != best:
             best = better
         return best
 
-    def _worth(self, split: tuple[int, int]) -> float:
-        return self.run(static(split)).goodput_per_gpu_hour
+
+Worth = Callable[[Summary], float]
+
+
+def goodput(summary: Summary) -> float:
+    """Good requests per GPU hour, however many intervals miss the SLA."""
+    return summary.goodput_per_gpu_hour
+
+
+def goodput_within_sla(summary: Summary) -> float:
+    """The same where the SLA is kept; below 0 where it isn't, the better kept the higher."""
+    return summary.goodput_per_gpu_hour if summary.sla_attainment >= WITHIN_SLA else summary.sla_attainment - 1
 
 
 def _neighbours(split: tuple[int, int]) -> list[tuple[int, int]]:
@@ -87,6 +122,11 @@ def _neighbours(split: tuple[int, int]) -> list[tuple[int, int]]:
 def static(split: tuple[int, int]) -> str:
     """The name of a static policy."""
     return f"static:{split[0]}x{split[1]}"
+
+
+def oracle_name(factors: tuple[float, float]) -> str:
+    """The name of a schedule that was made beforehand."""
+    return f"oracle:{factors[0]:g}x{factors[1]:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,20 +150,36 @@ def _analytic() -> tuple[Profile, str]:
 
 def _scenario(scenario: Scenario, profile: Profile, args: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(scenario, profile, engine_times(profile), scenario.load(profile, args.seed), args.interval_s, args.seed)
-    best = bench.best_static()
-    names = {"best_static": static(best), "bad_static": static(best[::-1]) if best[0] != best[1] else static((best[0] + 2, 1)),
-             **{name: name for name in PLANNERS}, **({WARM: WARM} if scenario.warm else {})}
+    names = _names(bench)
     figures = {what: _figures(bench.run(name)) for what, name in names.items()}
-    worth = figures["best_static"]["goodput_per_gpu_hour"]
     for what in names:
-        print(f"{scenario.name:<9} {what:<12} {_line(bench.run(names[what]))}", file=sys.stderr, flush=True)
+        print(f"{scenario.name:<9} {what:<17} {_line(bench.run(names[what]))}", file=sys.stderr, flush=True)
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
-        shown = [bench.done[name] for name in names.values()]
+        shown = [bench.done[name] for name in dict.fromkeys(names.values())]
         text = page(f"Planner benchmark: {scenario.name}", [_note(args)], scenario.targets, shown)
         (args.report / f"{scenario.name}.html").write_text(text)
     return {"targets_ms": [scenario.targets.ttft_s * 1e3, scenario.targets.itl_s * 1e3], "requests": len(bench.load), "planners": figures,
-            "goodput_vs_best_static": {what: figures[what]["goodput_per_gpu_hour"] / worth if worth else None for what in names}}
+            "goodput_vs_best_static": _over(figures, "best_static"),
+            "goodput_vs_best_static_within_sla": _over(figures, "static_within_sla"),
+            "goodput_of_oracle": _over(figures, "oracle"), "goodput_of_oracle_within_sla": _over(figures, "oracle_within_sla")}
+
+
+def _names(bench: Bench) -> dict[str, str]:
+    """What is shown -> the policy's name."""
+    best = bench.best_static(goodput)
+    return {
+        "best_static": static(best), "bad_static": static(best[::-1]) if best[0] != best[1] else static((best[0] + 2, 1)),
+        "static_within_sla": static(bench.best_static(goodput_within_sla)), **{name: name for name in PLANNERS},
+        **({WARM: WARM} if bench.scenario.warm else {}),
+        "oracle": bench.oracle(goodput), "oracle_within_sla": bench.oracle(goodput_within_sla),
+    }
+
+
+def _over(figures: dict[str, dict[str, Any]], what: str) -> dict[str, float | None]:
+    """Every policy's goodput per GPU over that of one; null where that has none."""
+    worth = figures[what]["goodput_per_gpu_hour"]
+    return {name: one["goodput_per_gpu_hour"] / worth if worth else None for name, one in figures.items()}
 
 
 def _note(args: argparse.Namespace) -> str:
@@ -151,14 +207,17 @@ def headline(results: dict[str, dict[str, Any]], interval_s: float) -> dict[str,
         "goodput_vs_best_static": results["sine"]["goodput_vs_best_static"]["tandem"] if "sine" in results else None,
         "sla_attainment": tandem("sine", "sla_attainment"),
         "oscillations": tandem("constant", "oscillations"),
+        "goodput_of_oracle": {name: result["goodput_of_oracle"]["tandem"] for name, result in results.items()},
+        "goodput_of_oracle_within_sla": {name: result["goodput_of_oracle_within_sla"]["tandem"] for name, result in results.items()},
         "scale_up_intervals": {name: None if seconds is None else seconds / interval_s for name, seconds in scale_up.items()},
     }
 
 
 def to_text(report: dict[str, Any]) -> str:
     """For people."""
-    keys = ("goodput_vs_best_static", "sla_attainment", "oscillations", "scale_up_intervals")
-    rows = [f"{scenario:<9} {what:<12} {figures['policy']:<11} {figures['goodput_per_gpu_hour']:7.0f} {figures['sla_attainment']:7.1%} "
+    keys = ("goodput_vs_best_static", "sla_attainment", "oscillations", "scale_up_intervals", "goodput_of_oracle",
+            "goodput_of_oracle_within_sla")
+    rows = [f"{scenario:<9} {what:<17} {figures['policy']:<11} {figures['goodput_per_gpu_hour']:7.0f} {figures['sla_attainment']:7.1%} "
             f"{figures['mean_gpus']:6.2f} {figures['oscillations']:3d}  {figures['ttft_ms']}  {figures['itl_ms']}"
             for scenario, result in report["scenarios"].items() for what, figures in result["planners"].items()]
     columns = "scenario, planner, good/GPU hour, intervals within SLA, GPUs, turns, TTFT, ITL"
