@@ -256,6 +256,20 @@ def test_enforced_disaggregation_fails_instead(tmp_path: Path, prefill: Mocks, d
         assert "disaggregation is enforced" in str(error)
 
 
+def test_a_transfer_that_never_ends_costs_its_bound_once(tmp_path: Path, prefill: Mocks, tokenizer: Path) -> None:
+    """The only decode worker then prefills by itself, also for those after it, and isn't taken for dead."""
+    settings = {"TANDEM_ROUTER_TRANSFER_TIMEOUT_S": "1"}
+    with mocks(tmp_path, "--role", "decode", "--name", "d", "--transfer-gbps", "1e-9"), router(tmp_path, 2, tokenizer, **settings) as local:
+        began = time.monotonic()
+        assert local.send(prompt(30)).text
+        assert 1.0 <= time.monotonic() - began < 4.0
+        before, began = prefill.metric("vllm:prompt_tokens_total"), time.monotonic()
+        assert local.send(prompt(31)).text
+        assert time.monotonic() - began < 1.0
+        assert prefill.metric("vllm:prompt_tokens_total") == before
+        assert len(local.placed()) == 2
+
+
 def test_short_prompts_are_prefilled_by_the_decode_worker(tmp_path: Path, prefill: Mocks, decode: Mocks, tokenizer: Path) -> None:
     """Conditional disaggregation goes by what the decode worker has not cached, exactly."""
     settings = {"DYN_ROUTER_CONDITIONAL_DISAGG": "true", "TANDEM_CONDITIONAL_DISAGG_TOKENS": "129"}

@@ -193,6 +193,11 @@ class RouterSettings:
         env="TANDEM_ROUTER_PREFILL_TIMEOUT_S", default=30.0, parse=parse_float(0.001, DAY_S), unit="s",
         help="How long a remote prefill may take; it is also how long NIXL holds a handoff's blocks.",
     )
+    transfer_timeout_s: float = setting(
+        env="TANDEM_ROUTER_TRANSFER_TIMEOUT_S", default=60.0, parse=parse_float(0.001, DAY_S), unit="s",
+        help="After a remote prefill, how long the first token may take; then the decode worker prefills itself, and the pair hands "
+             "nothing over for as long again. A KV transfer over a dead network would wait for ever.",
+    )
     first_token_timeout_s: float = setting(
         env="TANDEM_ROUTER_FIRST_TOKEN_TIMEOUT_S", default=300.0, parse=parse_float(0.001, DAY_S), unit="s",
         help="How long the first token may take, queueing in the engine included; wide, since a full engine is slow, not broken.",

@@ -24,6 +24,7 @@ from tandem_router import wire
 from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections, Patience, WorkerLostError
+from tandem_router.doubts import Doubts
 from tandem_router.meters import RequestMeter, cached_of, count_tokens
 from tandem_router.metrics import RouterMetrics
 from tandem_router.pairing import unpaired, why_alone
@@ -70,6 +71,10 @@ class Leg:
 
     pool: Placement
     decision: Decision
+    shunned: frozenset[str] = frozenset()
+    """Prefill workers that must not be taken: an earlier leg of the request got nothing from them."""
+    prefill_id: str = ""
+    """The prefill worker that handed over."""
     started: bool = False
     cached_tokens: int = field(init=False)
     """As the index said of whoever computes the prompt."""
@@ -87,6 +92,9 @@ class Dispatcher:
         self._settings = settings
         self._metrics = metrics
         self._patience = Patience(settings.first_token_timeout_s, settings.next_token_timeout_s)
+        handed_over_s = min(settings.first_token_timeout_s, settings.transfer_timeout_s)
+        self._patience_after_prefill = Patience(handed_over_s, settings.next_token_timeout_s)
+        self._doubts = Doubts(settings.transfer_timeout_s)
 
     async def serve(self, routed: Routed, stream: ResponseStream) -> None:
         """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
@@ -104,16 +112,20 @@ class Dispatcher:
 
     async def _legs(self, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
         """One leg after another until the answer is whole or the migration limit is reached."""
-        excluded: frozenset[str] = frozenset()
+        excluded, shunned = frozenset[str](), frozenset[str]()
         while True:
             request, pool = answer.next_leg(), self._pools.generating
             decision = await self._place(pool, _route_of(routed, request, excluded))
             log.debug("request.placed worker=%s leg=%d", decision.worker.id, answer.legs)
+            leg = Leg(pool, decision, shunned)
             try:
-                await self._leg(routed, request, Leg(pool, decision), answer, stream)
+                await self._leg(routed, request, leg, answer, stream)
             except WorkerLostError as exc:
-                excluded |= {decision.worker.id}
-                pool.mark_down(decision.worker.id, self._settings.down_s)
+                doubted = self._doubt(leg)
+                shunned |= doubted
+                if not doubted or _others_left(pool, _route_of(routed, request, excluded | {decision.worker.id})):
+                    excluded |= {decision.worker.id}
+                    pool.mark_down(decision.worker.id, self._settings.down_s)
                 self._lost(decision.worker, answer, exc)
                 if answer.complete:
                     stream.push(Delta({tensors.TEXT_OUTPUT: wire.NO_TEXT, **_length_reached(answer)}, finished=True))
@@ -122,6 +134,13 @@ class Dispatcher:
                     raise UnavailableError(f"{exc} (after {answer.legs} workers, DYN_MIGRATION_LIMIT)") from exc
             else:
                 return
+
+    def _doubt(self, leg: Leg) -> frozenset[str]:
+        """The prefill worker of a leg that ended before its first token: it may be the way between the two that is broken."""
+        if leg.started or not leg.prefill_id:
+            return frozenset()
+        self._doubts.silent(leg.prefill_id, leg.decision.worker.id)
+        return frozenset({leg.prefill_id})
 
     def _lost(self, worker: WorkerRecord, answer: Answer, error: WorkerLostError) -> None:
         log.warning("request.migrates worker=%s tokens=%d leg=%d: %s", worker.id, len(answer.tokens), answer.legs, error)
@@ -154,8 +173,9 @@ class Dispatcher:
         worker_id = ""
         try:
             decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, expected_output_tokens=0,
-                                           exclude=unpaired(pool.workers, leg.decision.worker)))
+                                           exclude=unpaired(pool.workers, leg.decision.worker) | self._unreached(leg)))
             worker_id = decision.worker.id
+            self._doubts.tried(worker_id, leg.decision.worker.id)
             with routed.span.child("router.prefill", worker=worker_id) as span:
                 handed = await self._prefill_on(pool, decision, carried(request, span))
         except (UnavailableError, EngineError) as exc:
@@ -166,8 +186,12 @@ class Dispatcher:
             log.warning("prefill.fell_back worker=%s: %s", worker_id, exc)
             self._metrics.prefill_fell_back()
             return None
-        leg.cached_tokens = decision.cached_tokens
+        leg.cached_tokens, leg.prefill_id = decision.cached_tokens, worker_id
         return handed
+
+    def _unreached(self, leg: Leg) -> frozenset[str]:
+        """Prefill workers whose blocks would not come."""
+        return leg.shunned | self._doubts.about(leg.decision.worker.id)
 
     async def _prefill_on(self, pool: Placement, decision: Decision, request: GenerationRequest) -> dict[str, Any]:
         worker = decision.worker
@@ -191,7 +215,7 @@ class Dispatcher:
             await self._pass_on(message, leg, routed, answer, stream)
 
     async def _pass_on(self, message: Any, leg: Leg, routed: Routed, answer: Answer, stream: ResponseStream) -> None:
-        async with aclosing(self._connections.stream(leg.decision.worker.grpc_url, message, self._patience)) as responses:
+        async with aclosing(self._connections.stream(leg.decision.worker.grpc_url, message, self._patience_of(leg))) as responses:
             async for response in responses:
                 arrays = wire.response_arrays(response)
                 self._note(leg, arrays)
@@ -200,10 +224,15 @@ class Dispatcher:
                 routed.meter.received(count_tokens(arrays), cached_of(arrays, leg.cached_tokens), time.perf_counter())
                 stream.push(Delta(answer.receive(arrays), finished=wire.is_final(response)))
 
+    def _patience_of(self, leg: Leg) -> Patience:
+        return self._patience_after_prefill if leg.prefill_id else self._patience
+
     def _note(self, leg: Leg, arrays: Arrays) -> None:
         """Keeps the books of this leg up to date."""
         if arrays and not leg.started:
             leg.started = True
+            if leg.prefill_id:
+                self._doubts.delivered(leg.prefill_id, leg.decision.worker.id)
             leg.pool.prefill_done(leg.decision.ticket)
             self._metrics.first_token(leg.decision, arrays)
         if tensors.OUTPUT_IDS in arrays:
@@ -228,6 +257,15 @@ class Dispatcher:
 def _route_of(routed: Routed, request: GenerationRequest, excluded: frozenset[str]) -> RouteRequest:
     isl = len(request.prompt) if isinstance(request.prompt, list) else routed.route.isl
     return replace(routed.route, exclude=routed.route.exclude | excluded, isl=isl)
+
+
+def _others_left(pool: Placement, route: RouteRequest) -> bool:
+    """Whether the request could go to another worker."""
+    try:
+        pool.peek(route)
+    except UnavailableError:
+        return False
+    return True
 
 
 def _left_us(routed: Routed) -> int:
