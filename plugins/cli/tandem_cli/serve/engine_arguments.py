@@ -83,7 +83,7 @@ def known_speculative_methods() -> frozenset[str]:
 
     def texts(node: ast.AST | None) -> frozenset[str]:
         inner = ast.walk(node) if node is not None else ()
-        return frozenset().union(*({part.value} if isinstance(part, ast.Constant) else texts(assigned.get(part.id))
+        return frozenset().union(*({str(part.value)} if isinstance(part, ast.Constant) else texts(assigned.get(part.id))
                                    for part in inner if isinstance(part, ast.Constant | ast.Name)))
 
     return texts(assigned.get("SpeculativeMethod"))
