@@ -6,11 +6,13 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from servers import Server, serve
@@ -19,7 +21,11 @@ from tandem_worker.mock.timing import BatchShape, StepTiming
 
 SPEEDUP = 0.2
 """Five times as slow as the mock's default, so that a busy machine's delays weigh little."""
-TIMEOUT_S = 300
+CUT_AFTER_S = 2.0
+"""In the middle of the prompts: a whole profile of this grid takes several times as long."""
+TIMEOUT_S = 500
+STARTED_NOTHING_S = 20.0
+"""A start of an engine takes longer, on any machine of ours."""
 
 
 @contextlib.contextmanager
@@ -35,20 +41,26 @@ def mock_engine(*arguments: str) -> Iterator[dict[str, Any]]:
             process.wait(30)
 
 
-def profile(out: Path, *arguments: str) -> dict[str, Any]:
-    """`tandem profile --json`."""
+def profile(out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """`tandem profile --json`, with its exit code."""
     command = [sys.executable, "-m", "tandem_cli.main", "profile", "--json", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return dict(json.loads(done.stdout))
 
 
 def test_the_mocks_own_times_are_recovered(tmp_path: Path) -> None:
-    """TTFT and ITL within 15 % of its timing, in real time."""
+    """TTFT and ITL within 15 % of its timing, in real time; a first run that is cut short leaves what it has, and the next one goes on."""
     grid = ["--max-kv-tokens", "800000", "--max-context", "2048", "--min-isl", "512", "--prefill-points", "3", "--contexts", "2",
             "--loads", "2", "--max-requests", "6", "--decode-tokens", "24", "--repeats", "2", "--ttft", "2000", "--itl", "50"]
     with mock_engine("--speedup", str(SPEEDUP)) as mock:
-        told = profile(tmp_path, "--url", mock["grpc"], "--model", "mock_0", *grid)
+        server = ["--url", mock["grpc"], "--model", "mock_0"]
+        cut = profile(tmp_path, *server, *grid, "--limit-s", str(CUT_AFTER_S), code=1)
+        part = read_profile(tmp_path)
+        told = profile(tmp_path, *server, *grid)
+    assert (cut["whole"], told["whole"]) == (False, True)
+    assert part.prefill is not None
+    assert part.decode is None
     found = read_profile(tmp_path)
     assert told["advice"]["ratio"]
     timing = StepTiming(speedup=SPEEDUP)
@@ -85,3 +97,25 @@ def test_a_real_engine_is_profiled_with_the_cache_that_its_metrics_tell(tmp_path
     assert 0 < found.decode.kv_usage.max() < 1
     assert found.decode.max_kv_tokens > 1000
     assert told["advice"] is not None
+
+
+@pytest.mark.slow
+def test_engines_are_started_measured_and_ended_and_what_does_not_start_is_left_out(tmp_path: Path, tiny_model: Path) -> None:
+    """One that has room for its prompts, and one of a parallelism that its two heads can't be divided by; then nothing is started anew."""
+    sizes = ["--max-model-len", "1024", "--max-num-seqs", "4"]
+    grid = ["--max-context", "1000", "--min-isl", "64", "--prefill-points", "2", "--contexts", "1", "--loads", "2", "--max-requests", "4",
+            "--decode-tokens", "16", "--repeats", "1", "--ttft", "60000", "--itl", "60000"]
+    out = tmp_path / "profile"
+    told = profile(out, "--model", str(tiny_model), "--tp", "1,3", *sizes, *grid)
+    assert told["measured"] == [1]
+    assert told["failed"]["3"]
+    assert told["recommendation"]["decode_tp"] == 1
+    assert read_profile(out / "tp1").decode is not None
+    assert read_profile(out).prefill is not None
+    assert list((out / "plots").glob("*.svg"))
+    assert not list((out / "tp1" / "run").glob("*/state.json"))
+    assert not [process for process in psutil.process_iter() if str(out) in " ".join(process.cmdline())]
+    began = time.monotonic()
+    again = profile(out, "--model", str(tiny_model), "--tp", "1", *sizes, *grid)
+    assert again["recommendation"] == told["recommendation"]
+    assert time.monotonic() - began < STARTED_NOTHING_S

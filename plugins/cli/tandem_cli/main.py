@@ -36,7 +36,7 @@ SUBCOMMANDS = {
     "route": Subcommand("tandem_cli.route", "explain where the router would send a prompt"),
     "lora": Subcommand("tandem_cli.lora", "load, unload and list LoRA adapters"),
     "plan": Subcommand("tandem_cli.plan", "how many workers a load needs, term by term"),
-    "profile": Subcommand("tandem_cli.profile.command", "measure what a server can do, for the planner"),
+    "profile": Subcommand("tandem_cli.profile.command", "measure what a server can do, for the planner", passthrough=True),
     "simulate": Subcommand("tandem_cli.simulate", "what a planner would do to a simulated fleet"),
     "doctor": Subcommand("tandem_cli.doctor.command", "look whether this host can serve"),
     "check-cluster": Subcommand("tandem_cli.check_cluster.command", "look whether a Kubernetes cluster can take the chart"),

@@ -127,6 +127,10 @@ class SlaModel:
         found = self._surface.best_throughput_per_gpu(reach, demand.context, self.targets.highest_kv_use)
         return BestDecode(found.throughput_per_gpu, found.itl_s, found.kv_use, met=target >= least)
 
+    def least_itl_s(self, demand: Demand) -> float:
+        """ITL of an engine with next to no load."""
+        return self._surface.least_itl_s(demand.context) * self.corrections.decode
+
     def allowed_wait_s(self, demand: Demand) -> float:
         """What the TTFT leaves for queueing."""
         alone = self.alone_s(demand)

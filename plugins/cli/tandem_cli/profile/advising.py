@@ -27,9 +27,15 @@ def advice_for(args: argparse.Namespace, profile: Profile, gpus: int) -> "Advice
     except ImportError as exc:
         say(f"no advice, since a package is missing here ({exc}): `tandem plan` gives it where it is not")
         return None
-    isl = args.isl or min(_LONGEST_ADVISED, float(profile.prefill.isl[-1]))
-    found: Advice = advice.advise(profile, sla_plan.Targets(args.ttft / 1e3, args.itl / 1e3), isl, args.osl, gpus)
+    targets = sla_plan.Targets(args.ttft / 1e3, args.itl / 1e3)
+    found: Advice = advice.advise(profile, targets, advised_isl(args, profile), args.osl, gpus)
     return found
+
+
+def advised_isl(args: argparse.Namespace, profile: Profile) -> float:
+    """Prompt tokens of the requests that advice is for."""
+    longest = float(profile.prefill.isl[-1]) if profile.prefill is not None else _LONGEST_ADVISED
+    return float(args.isl or min(_LONGEST_ADVISED, longest))
 
 
 def advice_lines(advice: "Advice") -> list[str]:

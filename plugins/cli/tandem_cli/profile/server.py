@@ -21,7 +21,7 @@ from tandem_planner.profiler.grid import GridPlan
 from tandem_planner.profiler.journal import Journal, Subject
 from tandem_planner.profiler.measuring import Prompts
 from tandem_planner.profiler.plots import write_plots
-from tandem_planner.profiler.run import Measuring, measure, profile_of
+from tandem_planner.profiler.run import Measuring, Say, measure, profile_of
 from tandem_protocol.errors import ConfigError
 
 _ADMIN_TIMEOUT_S = 10.0
@@ -51,23 +51,27 @@ def measure_server(args: argparse.Namespace, out: Path, plan: GridPlan, subject:
     journal = Journal(out, subject)
     prompts = Prompts(args.vocabulary, np.random.default_rng((args.seed, len(journal.prefill) + len(journal.decode))))
     how = Measuring(prompts, args.repeats, prefill=args.only != "decode", decode=args.only != "prefill")
-    try:
-        whole = asyncio.run(_until(limit_s, plan, journal, how, StreamClient(url, subject.model, args.timeout_s)))
-    finally:
-        profile = profile_of(plan, journal, subject.gpus)
-        write_profile(profile, out)
+
+    def told(text: str) -> None:
+        """After every point, since whoever ends this process may not ask."""
+        say(text)
+        write_profile(profile_of(plan, journal, subject.gpus), out)
+
+    whole = asyncio.run(_until(limit_s, plan, journal, how, StreamClient(url, subject.model, args.timeout_s), told))
+    profile = profile_of(plan, journal, subject.gpus)
     if profile != Profile():
         write_plots(profile, out / "plots", say)
     return Measured(profile, whole)
 
 
-async def _until(limit_s: float | None, plan: GridPlan, journal: Journal, how: Measuring, connection: StreamClient) -> bool:
+async def _until(limit_s: float | None, plan: GridPlan, journal: Journal, how: Measuring, connection: StreamClient, told: Say) -> bool:
     """False if it was cut short."""
     loop = asyncio.get_running_loop()
     async with connection as client:
         await client.check()
-        task = asyncio.ensure_future(measure(plan, journal, client, how, say))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        task = asyncio.ensure_future(measure(plan, journal, client, how, told))
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
             loop.add_signal_handler(number, task.cancel)
         try:
             async with asyncio.timeout(limit_s):
@@ -76,8 +80,9 @@ async def _until(limit_s: float | None, plan: GridPlan, journal: Journal, how: M
             say("cut short: what was measured so far is written; the same command goes on from there")
             return False
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
     return True
 
 
