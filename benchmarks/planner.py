@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.planner`: what planners make of one simulated fleet, in virtual time: goodput per GPU, SLA, oscillations.
 
-The profile is a measured one (`--profile DIR`, see benchmarks/gpu/run.sh planner-profile) or, by default, the ANALYTIC roofline of
-tandem_planner.simulate.analytic, which nobody measured: it serves to compare planners, not to say what a GPU does.
+The profile is by default one of an 8B shape measured on one H200 (benchmarks/profiles), or another measured one (`--profile DIR`, see
+benchmarks/gpu/run.sh planner-profile). `--profile analytic` is the ANALYTIC roofline of tandem_planner.simulate.analytic, which nobody
+measured.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from tandem_planner.sla_plan import Targets as SlaTargets
 from tandem_planner.terms import Mode
 from tandem_protocol.roles import Role
 
+MEASURED = Path(__file__).parent / "profiles" / "h200-llama-8b-shape"
+ANALYTIC = "analytic"
 PLANNERS, WARM = ("tandem", "hpa", "reference"), "tandem_warm"
 TICK_S = 5.0
 WITHIN_SLA = 0.95
@@ -132,7 +135,7 @@ def oracle_name(factors: tuple[float, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; progress goes to stderr."""
     args = _parser().parse_args(argv)
-    profile, note = (read_profile(args.profile), f"profile: {args.profile}") if args.profile else _analytic()
+    profile, note = _profile(args.profile)
     results = {}
     for scenario in SCENARIOS:
         if scenario.name in args.scenarios:
@@ -143,9 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _analytic() -> tuple[Profile, str]:
-    roofline = Roofline()
-    return roofline.profile(), roofline.assumptions()
+def _profile(name: str) -> tuple[Profile, str]:
+    """The profile, and what is to be said of it."""
+    if name == ANALYTIC:
+        return Roofline().profile(), Roofline().assumptions()
+    folder = MEASURED if name == MEASURED.name else Path(name)
+    return read_profile(folder), f"profile: {folder.name}" if folder == MEASURED else f"profile: {folder}"
 
 
 def _scenario(scenario: Scenario, profile: Profile, args: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +163,7 @@ def _scenario(scenario: Scenario, profile: Profile, args: argparse.Namespace) ->
     if args.report:
         args.report.mkdir(parents=True, exist_ok=True)
         shown = [bench.done[name] for name in dict.fromkeys(names.values())]
-        text = page(f"Planner benchmark: {scenario.name}", [_note(args)], scenario.targets, shown)
+        text = page(f"Planner benchmark: {scenario.name}", [_profile(args.profile)[1]], scenario.targets, shown)
         (args.report / f"{scenario.name}.html").write_text(text)
     return {"targets_ms": [scenario.targets.ttft_s * 1e3, scenario.targets.itl_s * 1e3], "requests": len(bench.load), "planners": figures,
             "goodput_vs_best_static": _over(figures, "best_static"),
@@ -180,10 +186,6 @@ def _over(figures: dict[str, dict[str, Any]], what: str) -> dict[str, float | No
     """Every policy's goodput per GPU over that of one; null where that has none."""
     worth = figures[what]["goodput_per_gpu_hour"]
     return {name: one["goodput_per_gpu_hour"] / worth if worth else None for name, one in figures.items()}
-
-
-def _note(args: argparse.Namespace) -> str:
-    return f"profile: {args.profile}" if args.profile else Roofline().assumptions()
 
 
 def _figures(summary: Summary) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--json", action="store_true", help="end with one line of JSON instead of a table")
-    add("--profile", type=Path, help="folder of `tandem profile`; the analytic profile (not measured) if not given")
+    add("--profile", default=MEASURED.name, help="folder of `tandem profile`, or `analytic`, which is not measured (default: %(default)s)")
     names = tuple(scenario.name for scenario in SCENARIOS)
     add("--scenarios", type=lambda text: tuple(text.split(",")), default=names, help=f"comma-separated, of {', '.join(names)}")
     add("--interval-s", type=float, default=15.0, help="adjustment interval (default: %(default)s)")
