@@ -15,6 +15,8 @@ CONTRADICTIONS = (
     ("agg", ("planner.enabled=true",), "the planner reads the routers' metrics: set router.enabled=true"),
     ("agg", ("roles.prefill.replicas=2",), "roles.prefill has values, but mode agg has no such workers"),
     ("disagg", ("roles.aggregated.replicas=2",), "roles.aggregated has values, but mode disagg has no such workers"),
+    ("disagg", ('roles.decode.args=["--spec-method","ngram"]',),
+     "prefill speculates by nothing and decode by --spec-method ngram, and only workers that speculate alike are paired"),
     ("agg", ('image.tag="1"', f'image.digest="sha256:{"0" * 64}"'), "image.tag and image.digest exclude each other"),
     ("agg", ("service.grpcPort=8000",), "service.httpPort and service.grpcPort are both 8000: give each its own"),
     ("agg", ('networkPolicy.prometheusNamespaceLabels={"kubernetes.io/metadata.name":null}',),

@@ -8,6 +8,9 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- include "tandem.checkGateway" . -}}
 {{- include "tandem.checkEnvironment" (list "router" .Values.router.env) -}}
 {{- include "tandem.checkEnvironment" (list "planner" .Values.planner.env) -}}
+{{- if ne .Values.mode "agg" -}}
+{{- include "tandem.checkSpeculation" . -}}
+{{- end -}}
 {{- range $role := splitList " " (include "tandem.roles" .) -}}
 {{- $context := dict "root" $ "role" $role "worker" (include "tandem.workerValues" (dict "root" $ "role" $role) | fromYaml) -}}
 {{- include "tandem.checkParallel" $context -}}
@@ -17,6 +20,31 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- include "tandem.checkArguments" $context -}}
 {{- include "tandem.checkEnvironment" (list (printf "roles.%s" $role) $context.worker.env) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* A draft's KV blocks travel with the model's, so both roles must guess alike. */}}
+{{- define "tandem.checkSpeculation" -}}
+{{- $prefill := include "tandem.workerValues" (dict "root" . "role" "prefill") | fromYaml -}}
+{{- $decode := include "tandem.workerValues" (dict "root" . "role" "decode") | fromYaml -}}
+{{- $one := include "tandem.speculation" $prefill.args -}}
+{{- $other := include "tandem.speculation" $decode.args -}}
+{{- if ne $one $other -}}
+{{- fail (printf "prefill speculates by %s and decode by %s, and only workers that speculate alike are paired: give both the same, in worker.args" ($one | default "nothing") ($other | default "nothing")) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* ARGS: those about speculation, one after the other. */}}
+{{- define "tandem.speculation" -}}
+{{- $names := list "--speculative-config" "--spec-method" "--spec-model" "--spec-tokens" -}}
+{{- $found := list -}}
+{{- $taken := false -}}
+{{- range . -}}
+{{- if or $taken (has (index (splitList "=" .) 0) $names) -}}
+{{- $found = concat $found (splitList "=" .) -}}
+{{- end -}}
+{{- $taken = has . $names -}}
+{{- end -}}
+{{- join " " $found -}}
 {{- end -}}
 
 {{- define "tandem.checkFleet" -}}
