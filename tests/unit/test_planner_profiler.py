@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The profiler's points, windows, journal, files and advice, without a server."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import numpy.typing as npt
 import pytest
+from benchmarks.planner import MEASURED
 
 from tandem_cli.profile.server import label
 from tandem_planner.profile_data import Profile, read_profile, write_profile
@@ -216,6 +218,22 @@ def test_without_matplotlib_there_are_svg_plots_and_a_sentence(tmp_path: Path, m
     said: list[str] = []
     assert {file.suffix for file in write_plots(Roofline().profile(), tmp_path, said.append)} == {".svg"}
     assert "matplotlib" in said[0]
+
+
+def test_the_profile_in_the_repository_is_what_its_journal_says(tmp_path: Path) -> None:
+    """Of the H200; from a copy, since a journal is opened to be continued."""
+    shutil.copy(MEASURED / NAME, tmp_path)
+    journal = Journal(tmp_path, Subject("localhost:18301", "vllm", 1, 3, 1))
+    plan = GridPlan(16_000, 923_400, prefill_points=10, contexts=5, loads=5, osl=48)
+    made, kept = profile_of(plan, journal, 1), read_profile(MEASURED)
+    assert made.prefill is not None
+    assert kept.prefill is not None
+    assert made.decode is not None
+    assert kept.decode is not None
+    assert kept.prefill.ttft_ms == pytest.approx(made.prefill.ttft_ms)
+    assert kept.decode.itl_ms == pytest.approx(made.decode.itl_ms)
+    assert kept.decode.kv_usage == pytest.approx(made.decode.kv_usage)
+    assert (kept.prefill.isl.size, kept.decode.itl_ms.size) == (10, 21)
 
 
 def advice_for(ttft_s: float, itl_s: float, isl: float, osl: float) -> tuple[bool, float]:
