@@ -124,7 +124,7 @@ def generate(base: str, model: str, prompt: str, tokens: int) -> str:
     sampling = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
     body = {"text_input": prompt, "stream": False, "exclude_input_in_output": True, **sampling}
     code, answer = post(f"{base}/v2/models/{model}/generate", body)
-    if code != OK:
+    if code != OK or "text_output" not in answer:
         raise BenchmarkError(f"{model} answered {code}: {answer.get('error', answer)}")
     return str(answer["text_output"])
 

@@ -10,7 +10,7 @@ from calls import Call, collect, connect
 from models import make_tiny_model
 from router_server import RouterServer, router_server
 from routers import mocks
-from servers import wait_for
+from servers import post_json, wait_for
 
 EXIT_S = 5.0
 """What the guard grants the server here."""
@@ -36,6 +36,8 @@ async def test_a_killed_stub_ends_the_server(server: RouterServer) -> None:
     async with connect(server.grpc_url) as client:
         for i in range(4):
             assert await collect(client, Call("router", prompt=f"Tell me tale {i}.", sampling={"max_tokens": 8}))
+    one = post_json(f"http://127.0.0.1:{server.http_port}/v2/models/router/generate", {"text_input": "One more tale.", "max_tokens": 8})
+    assert one["text_output"], "HTTP's generate takes exactly one response, and the end that follows it is none"
     server.stubs()[0].kill()
     wait_for(lambda: server.process.poll() is not None, EXIT_S + 5, "the server to end")
     wait_for(lambda: server.processes() == [], 10, "nothing to be left")

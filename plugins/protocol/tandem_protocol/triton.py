@@ -157,11 +157,16 @@ class TritonSink:
         self._sender = sender
         self._lock = threading.Lock()
         self._closed = False
+        self._answered = False
 
     def send(self, arrays: Arrays, *, final: bool) -> None:
-        """Sends one response; the final one closes the stream."""
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
-        self._sender.send(response)
+        """Sends one response; the final one closes the stream.
+
+        An end without arrays is no response of its own after others: HTTP's `generate` takes exactly one.
+        """
+        if arrays or not (final and self._answered):
+            self._sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()]))
+            self._answered = True
         if final:
             with self._lock:
                 self._closed = True
