@@ -80,7 +80,7 @@ def write_mock_models(folder: Path, arguments_of: Mapping[str, str]) -> None:
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "1" / "model.py").write_text(_MODEL)
         (folder / name / "config.pbtxt").write_text(
-            f'name: "{name}"\nbackend: "python"\nmax_batch_size: 0\nmodel_transaction_policy {{ decoupled: true }}\n'
+            f'name: "{name}"\nbackend: "python"\nmax_batch_size: 0\n'
             f'instance_group [ {{ kind: KIND_CPU count: 1 }} ]\n'
             f'parameters {{ key: "arguments" value: {{ string_value: "{arguments}" }} }}\n')
 
@@ -88,11 +88,19 @@ def write_mock_models(folder: Path, arguments_of: Mapping[str, str]) -> None:
 @contextmanager
 def mock_server(folder: Path, models: int, loaded: tuple[str, ...], tokenizer: Path, arguments: str,
                 **settings: str) -> Iterator[MockServer]:
-    """The server with `loaded` of its models mock_0, mock_1 ... in placement; whatever is left of it is killed at the end."""
+    """`mock_fleet` of models mock_0, mock_1 ... that are all alike."""
+    with mock_fleet(folder, {f"mock_{n}": arguments for n in range(models)}, loaded, tokenizer, **settings) as server:
+        yield server
+
+
+@contextmanager
+def mock_fleet(folder: Path, arguments_of: Mapping[str, str], loaded: tuple[str, ...], tokenizer: Path,
+               **settings: str) -> Iterator[MockServer]:
+    """The server with `loaded` of its models in placement, each with its command line; whatever is left of it is killed at the end."""
     first, mark, install, discovery = free_ports(20), f"mock-{os.urandom(4).hex()}", find_triton(), f"file:{folder / 'discovery'}"
     write_repository(Fleet((), (), routers=1), "mock", source_root() / "model_repository", folder / "models")
-    write_mock_models(folder / "models", {f"mock_{n}": f"{arguments} --discovery {discovery} --admin-port {first + 10 + n}"
-                                          for n in range(models)})
+    write_mock_models(folder / "models", {name: f"{arguments} --discovery {discovery} --admin-port {first + 10 + n}"
+                                          for n, (name, arguments) in enumerate(arguments_of.items())})
     join_backends(install, source_root() / "backends" / "vllm", folder / "backends")
     variables = {"TANDEM_DISCOVERY": discovery, "TANDEM_ROUTER_TOKENIZER": str(tokenizer), "TANDEM_ROUTER_ADMIN_PORT": str(first + 3),
                  "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_RUN_ID": mark, **settings}
@@ -101,7 +109,7 @@ def mock_server(folder: Path, models: int, loaded: tuple[str, ...], tokenizer: P
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=server_environment(install, variables), stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)
-    metrics = tuple(f"127.0.0.1:{first + 10 + n}" for n in range(models))
+    metrics = tuple(f"127.0.0.1:{first + 10 + n}" for n in range(len(arguments_of)))
     server = MockServer(process, mark, first, first + 3, folder / "log", discovery, metrics)
     try:
         wait_for(lambda: server.placed() == sorted(loaded), START_S, f"the router to place {loaded}")

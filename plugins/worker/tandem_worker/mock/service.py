@@ -7,7 +7,6 @@ Errors travel as Triton's do: in `error_message` on the stream, or as the stream
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -15,14 +14,14 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tandem_protocol import tensors
 from tandem_protocol.errors import ErrorCode, TandemError, UnavailableError
-from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.streams import Arrays
 from tandem_protocol.workers import WorkerState
 from tandem_worker.mock import wire
-from tandem_worker.mock.answers import MockOutput, joined, prompt_tokens
+from tandem_worker.mock.answers import MockOutput, joined
 from tandem_worker.mock.fleet import Fleet
+from tandem_worker.mock.handover import handoff_of, prefill
 from tandem_worker.mock.worker import MockWorker, WorkerDiedError
-from tandem_worker.responses import GenerationEncoder, encode_handoff
+from tandem_worker.responses import GenerationEncoder
 
 _CODES = {
     ErrorCode.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
@@ -74,7 +73,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
                 return wire.response(request, _abort(worker, request))
             if worker.is_decoupled:
                 return await context.abort(grpc.StatusCode.UNIMPLEMENTED, _DECOUPLED)
-            return wire.response(request, await self._prefill(worker, wire.read_request(request, worker.engine.settings.role)))
+            return wire.response(request, await prefill(self._fleet, worker, wire.read_request(request, worker.engine.settings.role)))
         except TandemError as exc:
             return await context.abort(_CODES[exc.code], str(exc))
 
@@ -101,7 +100,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
                 await self._generate(worker, message, stream)
             else:
                 request = wire.read_request(message, worker.engine.settings.role)
-                await stream.write(wire.response(message, await self._prefill(worker, request), final=True))
+                await stream.write(wire.response(message, await prefill(self._fleet, worker, request), final=True))
         except TandemError as exc:
             if stream.true_status or isinstance(exc, WorkerDiedError):
                 raise
@@ -113,7 +112,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         request = wire.read_request(message, worker.engine.settings.role)
         encoder, empty_final = GenerationEncoder(request, n=1), wire.wants_empty_final(message)
         whole: list[MockOutput] = []
-        async with self._handoff_of(request) as release, contextlib.aclosing(worker.generate(request)) as outputs:
+        async with handoff_of(self._fleet, request) as release, contextlib.aclosing(worker.generate(request)) as outputs:
             interval = 0  # the first token never waits
             async for output in outputs:
                 await release()  # the first token means that the blocks have arrived
@@ -125,30 +124,6 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
                     whole.clear()
         if empty_final:
             await stream.write(wire.response(message, {}, final=True))
-
-    @contextlib.asynccontextmanager
-    async def _handoff_of(self, request: GenerationRequest) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Yields what frees the prefill worker's blocks, and calls it at the end: also of a request that never ran."""
-        left = [request.handoff] if request.handoff is not None else []
-
-        async def release() -> None:
-            if left:
-                await asyncio.shield(self._fleet.release(left.pop()))
-
-        try:
-            yield release
-        finally:
-            await release()
-
-    async def _prefill(self, worker: MockWorker, request: GenerationRequest) -> Arrays:
-        key, cached = await worker.prefill(request)
-        host, _, port = self._fleet.admin_address.rpartition(":")
-        params = {
-            "do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[]], "remote_engine_id": worker.id,
-            "remote_request_id": key, "remote_host": host, "remote_port": int(port), "tp_size": 1,
-            "remote_num_tokens": len(prompt_tokens(request)), "remote_prefill_cached_tokens": cached, "transfer_mode": "mock",
-        }
-        return encode_handoff(MockOutput(None, [], [], finished=True, num_cached_tokens=cached, kv_transfer_params=params))
 
     def _worker(self, message: Any) -> MockWorker:
         worker = self._fleet.find(message.model_name)

@@ -12,10 +12,9 @@ from typing import Any
 from tandem_protocol import tensors, triton
 from tandem_protocol.errors import TandemError
 from tandem_protocol.requests import parse_request
-from tandem_protocol.roles import Role
 from tandem_protocol.triton import TritonSink
 from tandem_worker.mock.host import MockHost
-from tandem_worker.mock.options import parse
+from tandem_worker.mock.options import MockOptions, parse
 
 
 class TritonPythonModel:
@@ -23,16 +22,20 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """Declares an aggregated worker's tensors."""
-        role = Role.AGGREGATED
-        return triton.declare(auto_complete_model_config, tensors.inputs_of(role), tensors.outputs_of(role), decoupled=True)
+        """Declares the tensors of the worker's role."""
+        try:
+            role = _options(auto_complete_model_config.as_dict()).engine.role
+        except TandemError as exc:
+            raise triton.load_failure(exc) from exc
+        outputs = tensors.outputs_of(role)
+        return triton.declare(auto_complete_model_config, tensors.inputs_of(role), outputs, decoupled=tensors.is_decoupled(role))
 
     def initialize(self, args: dict[str, str]) -> None:
         """Starts and registers the worker; a wrong setting ends the load with one sentence."""
         triton.configure_logging(args["model_name"], "tandem_worker")
-        parameters = triton.parameters_of(json.loads(args["model_config"]))
         try:
-            options = parse(shlex.split(parameters.get("arguments", "")))
+            options = _options(json.loads(args["model_config"]))
+            self._role = options.engine.role
             self._host = MockHost(options, args["model_name"], os.environ.get("TANDEM_GRPC_URL", "127.0.0.1:8001"))
             self._host.start()
         except TandemError as exc:
@@ -47,5 +50,14 @@ class TritonPythonModel:
         self._host.stop()
 
     def _submit(self, request: Any, sink: TritonSink) -> None:
-        envelope = triton.envelope(request, triton.request_parameters(request))
-        self._host.submit(parse_request(lambda name: triton.read_tensor(request, name), envelope, Role.AGGREGATED), sink)
+        parameters = triton.request_parameters(request)
+        if tensors.ABORT_PARAMETER in parameters:
+            self._host.abort(str(parameters[tensors.ABORT_PARAMETER]))
+            sink.send({}, final=True)
+            return
+        envelope = triton.envelope(request, parameters)
+        self._host.submit(parse_request(lambda name: triton.read_tensor(request, name), envelope, self._role), sink)
+
+
+def _options(config: dict[str, Any]) -> MockOptions:
+    return parse(shlex.split(triton.parameters_of(config).get("arguments", "")))
