@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner's command line: flags before variables before defaults, and a sentence for what can't be."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +56,19 @@ def test_unknown_connectors_are_refused() -> None:
     """By name."""
     with pytest.raises(ConfigError, match="TANDEM_PLANNER_CONNECTOR='nomad'"):
         parse([], {"TANDEM_PLANNER_CONNECTOR": "nomad"})
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")])
+def test_the_process_begins_without_threads_of_blas_unless_it_is_told_otherwise(given: dict[str, str], threads: str) -> None:
+    """numpy reads the variable when it is imported, so it must be set before."""
+    program = """if True:
+        import os, sys
+        assert "numpy" not in sys.modules
+        import tandem_planner.__main__
+        print("numpy" in sys.modules, os.environ["OPENBLAS_NUM_THREADS"], len(os.listdir("/proc/self/task")) == 1)
+    """
+    environ = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", program], env={**environ, **given}, capture_output=True, text=True, timeout=60, check=True)
+    imported, variable, alone = done.stdout.split()
+    assert (imported, variable) == ("True", threads)
+    assert alone == "True" or given

@@ -4,10 +4,15 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+# Before numpy is imported, which reads it then. The planner's matrices are tiny: threads of OpenBLAS only wait for each other, ten times
+# as long as the work takes when the host has few free cores.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 from tandem_planner.admin import AdminServer
 from tandem_planner.arguments import Chosen, parse

@@ -4,7 +4,8 @@
 Orders are compared by Hannan and Rissanen's regressions, some 20 ms each instead of up to a second by maximum likelihood; only
 the best is then fitted by that. As in the reference a constant series is its own forecast, and a series in which only noise is found
 (0, d, 0) is tried once more in logarithms. Between two choices the parameters stay, and new points are only filtered. Where BLAS has
-many threads these tiny matrices wait for them: OPENBLAS_NUM_THREADS=1 makes a choice ten times as fast on a busy host.
+many threads these tiny matrices wait for them: OPENBLAS_NUM_THREADS=1, which the planner's process sets at its start, makes a choice ten
+times as fast on a busy host.
 """
 
 import itertools
