@@ -127,6 +127,8 @@ class Clients:
     first_number: int
     stopping: bool = False
     samples: list[Sample] = field(default_factory=list)
+    streaming: set[int] = field(default_factory=set)
+    """Requests past their first token."""
 
     async def run(self) -> None:
         """As many at a time as the load says."""
@@ -162,11 +164,13 @@ class Clients:
                         ids += part
                         if part:
                             seen.tokens(time.monotonic())
+                            self.streaming.add(number)
         except TimeoutError:
             error = f"no token for {self.load.patience_s:g} s"
         except Exception as exc:  # a client notes it, whatever it is
             error = f"{type(exc).__name__}: {exc}"
         ended = seen.over(time.monotonic())
+        self.streaming.discard(number)
         if not error and len(ids) != self.load.osl:
             error = f"{len(ids)} tokens instead of {self.load.osl}"
         return Sample(number, seen.began, ended, seen.first - seen.began, seen.longest_s, seen.longest_ended, error=error, ids=tuple(ids))

@@ -25,10 +25,12 @@ MOCK_CONTEXT, REAL_CONTEXT = 512, 1024
 """Tokens that a model takes at most."""
 _SPEED = ("--speedup", "0.2", "--max-model-len", str(MOCK_CONTEXT))
 _LIGHT_SPEED = ("--speedup", "2", "--max-model-len", str(MOCK_CONTEXT))
+REAL_START_S = 480.0
+"""Of several engines that share a busy core."""
 _PORTS = 20
 """Of each part."""
 PATIENCE = {Engine.MOCK: (3.0, 5.0, 5.0), Engine.LIGHT: (3.0, 5.0, 5.0), Engine.REAL: (5.0, 15.0, 10.0)}
-"""Seconds that a router waits here for a next token, for the first one, and for a prefill; its defaults suit long prompts."""
+"""Seconds that a router waits here for a next token, for the first one, and for a prefill or a transfer; its defaults suit long prompts."""
 _PLANNER = ("--mode", "agg", "--adjustment-interval", "3", "--load-interval", "3", "--max-gpu-budget", "2", "--scale-down-window", "2",
             "--decode-scale-up-kv-rate", "90", "--decode-scale-down-kv-rate", "5", "--prefill-scale-up-queue-tokens", "1e9",
             "--prefill-scale-down-queue-tokens", "1e9", "--start-delay-s", "1", "--connector", "triton", "--triton-aggregated", "mock*")
@@ -164,7 +166,7 @@ def running(plan: Plan, folder: Path, model: Path | None) -> Iterator[Fleet]:
     try:
         _build(fleet, model)
         fleet.size = len(fleet.parts)
-        wait_for(fleet.whole, START_S + 120 * (plan.engine is Engine.REAL), f"the fleet {plan}")
+        wait_for(fleet.whole, REAL_START_S if plan.engine is Engine.REAL else START_S, f"the fleet {plan}")
         yield fleet
     except AssertionError as exc:
         raise AssertionError(f"{exc}\n{fleet.log()}") from exc
@@ -192,7 +194,7 @@ def _build(fleet: Fleet, model: Path | None) -> None:
     else:
         _add_mocks(fleet, discovery, ports)
     for number in range(plan.routers if fleet.local is None else 0):
-        fleet.add(_router(fleet, number, next(ports), discovery))
+        fleet.add(_router(fleet, number, next(ports), discovery, "mock" if model is None else str(model)))
     if plan.planner:
         _add_planner(fleet, discovery, next(ports))
 
@@ -206,13 +208,14 @@ def _routing(plan: Plan) -> dict[str, str]:
     token, first, prefill = PATIENCE[plan.engine]
     return {"DYN_MIGRATION_LIMIT": str(plan.migration_limit), "TANDEM_ROUTER_NEXT_TOKEN_TIMEOUT_S": f"{token:g}",
             "TANDEM_ROUTER_FIRST_TOKEN_TIMEOUT_S": f"{first:g}", "TANDEM_ROUTER_PREFILL_TIMEOUT_S": f"{prefill:g}",
+            "TANDEM_ROUTER_TRANSFER_TIMEOUT_S": f"{prefill:g}",
             "DYN_ROUTER_REPLICA_SYNC": str(plan.routers > 1).lower(), "TANDEM_SERVER_EXIT_TIMEOUT_S": "5"}
 
 
-def _router(fleet: Fleet, number: int, first: int, discovery: str) -> RouterPart:
+def _router(fleet: Fleet, number: int, first: int, discovery: str, model: str) -> RouterPart:
     variables = {**_routing(fleet.plan), "TANDEM_DISCOVERY": discovery, "TANDEM_ROUTER_TOKENIZER": str(embedded_model()),
                  "TANDEM_ROUTER_ADMIN_PORT": str(first + 3)}
-    write = functools.partial(write_repository, Served((), (), routers=1), "mock", source_root() / "model_repository")
+    write = functools.partial(write_repository, Served((), (), routers=1), model, source_root() / "model_repository")
     return RouterPart(f"router-{number}", fleet.folder / f"router-{number}", (), variables, model="router", first_port=first, write=write,
                       url=f"127.0.0.1:{first + 1}", admin=f"http://127.0.0.1:{first + 3}")
 

@@ -22,8 +22,6 @@ START_S = 180.0
 EXIT_S = 50.0
 """tritonserver's own exit timeout of 30 s, and what comes after it."""
 DRAIN_S = 20.0
-PROBE_S = 10.0
-"""After the death of one of its processes a part has so long to end by itself; then its liveness probe would have failed."""
 _MARK = "FAULT_TEST_PART"
 
 
@@ -36,6 +34,8 @@ class Part:
     command: tuple[str, ...]
     variables: Mapping[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
+    probe_s: float = 10.0
+    """After the death of one of its processes it has so long to end by itself; then its liveness probe would have failed."""
     _mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def prepare(self) -> None:
@@ -79,7 +79,7 @@ class Part:
     def bury(self) -> None:
         """Waits until it has ended by itself; what is left after the bound is killed, as a failed liveness probe does."""
         try:
-            wait_for(self.gone, PROBE_S, f"{self.name} to end by itself")
+            wait_for(self.gone, self.probe_s, f"{self.name} to end by itself")
         except AssertionError:
             self.end()
 
@@ -196,7 +196,7 @@ class RealPart(Part):
 
     first_port: int = 0
     model: str = "vllm"
-    host: str = "127.0.0.1"
+    probe_s: float = EXIT_S
 
     @property
     def server(self) -> Server:
@@ -215,7 +215,7 @@ class RealPart(Part):
 
     def drain(self) -> None:
         """By its admin port, which answers when all has ended."""
-        post_json(f"http://{self.host}:{self.first_port + 3}/engine/drain", {"timeout_s": DRAIN_S})
+        post_json(f"{self.server.admin_url(self.model)}/engine/drain", {"timeout_s": DRAIN_S})
 
     def end(self) -> None:
         """Also what carries only the launcher's run id."""

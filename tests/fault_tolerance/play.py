@@ -27,6 +27,7 @@ async def play(scenario: Scenario, fleet: Fleet, first_number: int) -> Row:
     running = asyncio.create_task(clients.run())
     try:
         await _until(lambda: len(clients.samples) >= scenario.fault.after_requests, _BEFORE_S, "requests before the fault")
+        await _until(lambda: len(clients.streaming) >= scenario.load.clients / 4, _BEFORE_S, "streams for the fault to hit")
         struck = time.monotonic()
         refused = await _strike(scenario, fleet, front)
         await asyncio.to_thread(wait_for, fleet.whole, scenario.expect.whole_s, f"the fleet to be whole again after {scenario.name!r}")

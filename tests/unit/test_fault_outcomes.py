@@ -85,7 +85,7 @@ def test_scenarios_are_named_once_and_promise_what_they_should() -> None:
     """With migration at least 99 % of requests end whole, all of them in an upgrade; only mocks without a server run every time."""
     assert len({one.name for one in SCENARIOS}) == len(SCENARIOS)
     for one in SCENARIOS:
-        assert one.expect.success >= 0.99
+        assert one.expect.success >= 0.99 or one.plan.migration_limit == 0
         assert one.fault.how is not How.ROLL or one.expect.success == 1.0
         assert one.slow or one.plan.engine is Engine.LIGHT
         assert one.plan.engine is Engine.REAL or one.load.requests >= 200
