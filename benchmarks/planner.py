@@ -41,6 +41,8 @@ WITHIN_SLA = 0.95
 JUDGED_S = 30.0
 """Of the intervals that are within the SLA or not; whatever the planner's own."""
 _COLUMNS = ("goodput_per_gpu_hour", "sla_attainment", "request_attainment", "mean_gpus", "gpu_hours", "oscillations", "scale_up_s")
+_BY_SCENARIO = ("goodput_vs_best_static_within_sla", "goodput_of_oracle", "goodput_of_oracle_within_sla")
+"""Ratios of Tandem's planner."""
 
 
 @dataclass
@@ -209,16 +211,14 @@ def headline(results: dict[str, dict[str, Any]], interval_s: float) -> dict[str,
         "goodput_vs_best_static": results["sine"]["goodput_vs_best_static"]["tandem"] if "sine" in results else None,
         "sla_attainment": tandem("sine", "sla_attainment"),
         "oscillations": tandem("constant", "oscillations"),
-        "goodput_of_oracle": {name: result["goodput_of_oracle"]["tandem"] for name, result in results.items()},
-        "goodput_of_oracle_within_sla": {name: result["goodput_of_oracle_within_sla"]["tandem"] for name, result in results.items()},
+        **{key: {name: result[key]["tandem"] for name, result in results.items()} for key in _BY_SCENARIO},
         "scale_up_intervals": {name: None if seconds is None else seconds / interval_s for name, seconds in scale_up.items()},
     }
 
 
 def to_text(report: dict[str, Any]) -> str:
     """For people."""
-    keys = ("goodput_vs_best_static", "sla_attainment", "oscillations", "scale_up_intervals", "goodput_of_oracle",
-            "goodput_of_oracle_within_sla")
+    keys = ("goodput_vs_best_static", "sla_attainment", "oscillations", "scale_up_intervals", *_BY_SCENARIO)
     rows = [f"{scenario:<9} {what:<17} {figures['policy']:<11} {figures['goodput_per_gpu_hour']:7.0f} {figures['sla_attainment']:7.1%} "
             f"{figures['mean_gpus']:6.2f} {figures['oscillations']:3d}  {figures['ttft_ms']}  {figures['itl_ms']}"
             for scenario, result in report["scenarios"].items() for what, figures in result["planners"].items()]

@@ -134,10 +134,11 @@ def test_the_headline_is_of_the_scenarios_that_it_names() -> None:
     def result(worth: float, attained: float, turns: int, scale_up: float | None) -> dict[str, object]:
         planners = {"tandem": {"sla_attainment": attained, "oscillations": turns, "scale_up_s": scale_up}}
         return {"goodput_vs_best_static": {"tandem": worth}, "planners": planners, "goodput_of_oracle": {"tandem": 0.8},
-                "goodput_of_oracle_within_sla": {"tandem": 0.9}}
+                "goodput_of_oracle_within_sla": {"tandem": 0.9}, "goodput_vs_best_static_within_sla": {"tandem": 1.5}}
 
     found = headline({"sine": result(1.4, 0.96, 9, None), "constant": result(1.0, 1.0, 0, None), "burst": result(1.1, 0.9, 3, 30.0)}, 15.0)
     near = dict.fromkeys( ("sine", "constant", "burst"), 0.8)
     assert found == {"goodput_vs_best_static": 1.4, "sla_attainment": 0.96, "oscillations": 0, "goodput_of_oracle": near,
                      "goodput_of_oracle_within_sla": dict.fromkeys(near, 0.9),
+                     "goodput_vs_best_static_within_sla": dict.fromkeys(near, 1.5),
                      "scale_up_intervals": {"step": None, "burst": 2.0}}
