@@ -98,11 +98,16 @@ def test_the_best_split_within_the_sla_keeps_it() -> None:
 
 def test_the_oracle_is_the_best_of_its_schedules() -> None:
     made = bench()
-    best = made.oracle(goodput)
+    best = made.oracle(goodput, static((4, 4)))
     assert made.run(best).goodput_per_gpu_hour >= made.run_oracle((1.0, 1.0)).goodput_per_gpu_hour
     assert oracle_name((1.0, 0.9)) == "oracle:1x0.9"
-    kept = made.run(made.oracle(goodput_within_sla))
-    assert kept.sla_attainment >= WITHIN_SLA
+    assert made.run(made.oracle(goodput_within_sla, static((4, 4)))).sla_attainment >= WITHIN_SLA
+
+
+def test_what_stays_as_it_is_counts_as_a_schedule_too() -> None:
+    made = bench()
+    split = static(made.best_static(goodput))
+    assert made.run(made.oracle(goodput, split)).goodput_per_gpu_hour >= made.run(split).goodput_per_gpu_hour
 
 
 def test_the_oracle_asks_for_workers_a_start_before_they_are_needed_and_within_the_budget() -> None:
