@@ -16,10 +16,13 @@ from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
 from tandem_router.config import RouterSettings
 from tandem_worker.config import WorkerSettings
+from tandem_worker.encode.config import EmbeddingSettings
+from tandem_worker.images.config import ImageSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
-SETTINGS = (WorkerSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, PlannerConfig, ServiceSettings)
+SETTINGS = (WorkerSettings, ImageSettings, EmbeddingSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, PlannerConfig,
+            ServiceSettings)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,7 @@ def test_every_setting_is_documented_with_its_default(settings: type[Any], name:
 
 
 DOCUMENTS = ("README.md", "docs/architecture.md", "docs/configuration.md", "docs/limits.md", "docs/checkpoint.md", "docs/planner.md",
+             "docs/multimodal.md",
              "docs/kubernetes.md", "docs/deploy.md", "docs/upgrade.md", "docs/troubleshooting.md", "examples/README.md",
              "benchmarks/README.md")
 

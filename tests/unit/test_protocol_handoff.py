@@ -39,3 +39,13 @@ def test_what_is_no_prefill_answer_is_refused(raw: bytes) -> None:
     """Also a prefill request, which asks for the other leg."""
     with pytest.raises(RequestError, match="is not a prefill answer"):
         handoff.decode(raw)
+
+
+def test_decode_takes_the_images_that_prefill_saw() -> None:
+    """In order; a handoff that says nothing of images is from a prefill worker that had none, or an older one."""
+    params = {"do_remote_prefill": True, handoff.IMAGE_IDS: ["a", "b"]}
+    handoff.check_images(params, ("a", "b"))
+    handoff.check_images({"do_remote_prefill": True}, ("a",))
+    for others in ((), ("a",), ("b", "a"), ("a", "c")):
+        with pytest.raises(RequestError, match="a URL changed"):
+            handoff.check_images(params, others)

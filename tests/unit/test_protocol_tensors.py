@@ -29,19 +29,36 @@ def contract(specs: tuple[tensors.TensorSpec, ...]) -> set[tuple[str, str, tuple
     return {(spec.name, spec.data_type, spec.dims) for spec in specs}
 
 
+CHAINS = {
+    "disagg": (Role.PREFILL, Role.DECODE),
+    "encode_agg": (Role.ENCODE, Role.AGGREGATED),
+    "encode_disagg": (Role.ENCODE, Role.PREFILL, Role.DECODE),
+}
+
+
+@pytest.fixture(params=CHAINS)
+def chain(request: pytest.FixtureRequest) -> str:
+    """The name of a shipped ensemble."""
+    return str(request.param)
+
+
 @pytest.fixture
-def ensemble() -> Any:
-    """The shipped ensemble."""
-    return load_config("disagg")
+def ensemble(chain: str) -> Any:
+    """A shipped ensemble."""
+    return load_config(chain)
 
 
-@pytest.mark.parametrize(("role", "decoupled"), [(Role.AGGREGATED, True), (Role.DECODE, True), (Role.PREFILL, False)])
-def test_only_prefill_answers_once(role: Role, decoupled: bool) -> None:
+@pytest.mark.parametrize(
+    ("role", "decoupled"), [(Role.AGGREGATED, True), (Role.DECODE, True), (Role.PREFILL, False), (Role.ENCODE, False)]
+)
+def test_only_prefill_and_encode_answer_once(role: Role, decoupled: bool) -> None:
     """An ensemble step can't take inputs of two decoupled origins."""
     assert tensors.is_decoupled(role) is decoupled
 
 
-@pytest.mark.parametrize(("model", "role"), [("vllm", Role.AGGREGATED), ("prefill", Role.PREFILL), ("decode", Role.DECODE)])
+@pytest.mark.parametrize(
+    ("model", "role"), [("vllm", Role.AGGREGATED), ("prefill", Role.PREFILL), ("decode", Role.DECODE), ("encode", Role.ENCODE)]
+)
 def test_shipped_workers_declare_their_roles_policy(model: str, role: Role) -> None:
     """config.pbtxt and contract agree on who is decoupled."""
     config = load_config(model)
@@ -73,7 +90,7 @@ def test_names_are_unique(role: Role) -> None:
 
 def test_the_ensemble_declares_the_contract(ensemble: Any) -> None:
     """Its inputs and outputs are those of an aggregated worker, so that clients can't tell the two apart."""
-    assert declared(ensemble.input) == contract(tensors.inputs_of(Role.AGGREGATED))
+    assert declared(ensemble.input) == contract(tensors.REQUEST_INPUTS)
     assert declared(ensemble.output) == contract(tensors.outputs_of(Role.AGGREGATED))
 
 
@@ -82,9 +99,12 @@ def test_every_input_of_the_ensemble_is_optional(ensemble: Any) -> None:
     assert [entry.name for entry in ensemble.input if not entry.optional] == []
 
 
-@pytest.mark.parametrize(("step", "role"), [(0, Role.PREFILL), (1, Role.DECODE)])
-def test_each_step_maps_all_tensors_of_its_role(ensemble: Any, step: int, role: Role) -> None:
-    """Under their own names: a tensor that isn't mapped would silently be missing."""
-    mapped = ensemble.ensemble_scheduling.step[step]
-    assert dict(mapped.input_map) == {spec.name: spec.name for spec in tensors.inputs_of(role)}
-    assert dict(mapped.output_map) == {spec.name: spec.name for spec in tensors.outputs_of(role)}
+def test_each_step_maps_all_tensors_of_its_role(ensemble: Any, chain: str) -> None:
+    """Under their own names: a tensor that isn't mapped would silently be missing. Besides the request's own a step takes the outputs
+    of the one before it."""
+    before: tuple[tensors.TensorSpec, ...] = ()
+    for step, role in zip(ensemble.ensemble_scheduling.step, CHAINS[chain], strict=True):
+        assert set(before) <= set(tensors.inputs_of(role))
+        assert dict(step.input_map) == {spec.name: spec.name for spec in (*tensors.REQUEST_INPUTS, *before)}
+        before = tensors.outputs_of(role)
+        assert dict(step.output_map) == {spec.name: spec.name for spec in before}

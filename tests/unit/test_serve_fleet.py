@@ -40,7 +40,7 @@ def test_several_aggregated_workers_and_routers() -> None:
 
 def test_negative_routers_are_refused() -> None:
     """None is 0."""
-    with pytest.raises(ConfigError, match="--routers must be at least 0"):
+    with pytest.raises(ConfigError, match="must be at least 0"):
         plan(routers=-1)
 
 
@@ -58,8 +58,21 @@ def test_index_0_is_the_aggregated_workers(mode: Mode, indexes: list[int]) -> No
 def test_every_worker_is_in_an_ensemble(prefill: int, decode: int, pairs: list[tuple[str, str]]) -> None:
     """The shorter side is used again."""
     ensembles = plan(Mode.DISAGG, prefill, decode).ensembles
-    assert [(one.prefill, one.decode) for one in ensembles] == pairs
+    assert [tuple(one.steps.values()) for one in ensembles] == pairs
     assert [one.name for one in ensembles] == ["disagg", "disagg_1", "disagg_2"][: len(pairs)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [(Mode.AGG, ["encode_agg", "encode_agg_1"]), (Mode.DISAGG, ["disagg", "encode_disagg", "encode_disagg_1"]),
+     (Mode.BOTH, ["disagg", "encode_agg", "encode_agg_1", "encode_disagg", "encode_disagg_1"])],
+)
+def test_encode_workers_are_chained_with_every_other_way(mode: Mode, names: list[str]) -> None:
+    """They come last, so that no port of another worker moves."""
+    fleet = plan_fleet(mode, Counts(encode=2), None, Hardware((0, 1), 0), {})
+    assert [worker.name for worker in fleet.workers][-2:] == ["encode", "encode_1"]
+    assert [one.name for one in fleet.ensembles] == names
+    assert all(one.steps[Role.ENCODE] in ("encode", "encode_1") for one in fleet.ensembles if one.template != "disagg")
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(0, 1), (1, 0), (-1, 1)])

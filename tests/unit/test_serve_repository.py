@@ -20,8 +20,13 @@ FLEET = Fleet(
         WorkerPlan("vllm", Role.AGGREGATED, 0, cores="4,5"),
         WorkerPlan("prefill_1", Role.PREFILL, 2, gpus="0,1", arguments={"max_model_len": 99, "model": "mine"}),
         WorkerPlan("decode_2", Role.DECODE, 5, cores="1"),
+        WorkerPlan("encode_1", Role.ENCODE, 6),
     ),
-    ensembles=(EnsemblePlan("disagg_1", "prefill_1", "decode_2"),),
+    ensembles=(
+        EnsemblePlan("disagg_1", "disagg", {Role.PREFILL: "prefill_1", Role.DECODE: "decode_2"}),
+        EnsemblePlan("encode_agg", "encode_agg", {Role.ENCODE: "encode_1", Role.AGGREGATED: "vllm"}),
+        EnsemblePlan("encode_disagg", "encode_disagg", {Role.ENCODE: "encode_1", Role.PREFILL: "prefill_1", Role.DECODE: "decode_2"}),
+    ),
     routers=2,
 )
 
@@ -82,7 +87,9 @@ def test_an_ensemble_refers_to_its_own_workers(repository: Path) -> None:
     """Not to the shipped names, and with all tensors mapped."""
     steps = load_config(repository / "disagg_1").ensemble_scheduling.step
     assert [step.model_name for step in steps] == ["prefill_1", "decode_2"]
-    assert {spec.name for spec in tensors.inputs_of(Role.DECODE)} == set(steps[1].input_map)
+    assert {spec.name for spec in (*tensors.REQUEST_INPUTS, tensors.HANDOFF)} == set(steps[1].input_map)
+    steps = load_config(repository / "encode_disagg").ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["encode_1", "prefill_1", "decode_2"]
 
 
 def test_what_was_there_before_is_gone(repository: Path) -> None:

@@ -23,7 +23,7 @@ _PREDICTED = {
     "predicted_osl": ("predicted_osl", "Generated tokens that are foreseen"),
 }
 """Term of a decision -> gauge. A decision between two plans has none of them; the gauges keep the last."""
-_NUMBERS = {Role.PREFILL: "p", Role.DECODE: "d", Role.AGGREGATED: "agg"}
+_NUMBERS = {Role.PREFILL: "p", Role.DECODE: "d", Role.AGGREGATED: "agg", Role.ENCODE: "e"}
 
 
 class PlannerMetrics:

@@ -6,7 +6,7 @@ with every vLLM release, so Tandem reads none of them but the two that say which
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem_protocol.errors import RequestError
@@ -20,6 +20,8 @@ KVBM_PRIORITY = "kvbm_priority"
 request's that vLLM shows to tiers."""
 DATA_PARALLEL_RANK = "data_parallel_rank"
 """Sampling parameter: the rank of the worker that is to serve the request; the worker's own choice without it."""
+IMAGE_IDS = "image_ids"
+"""Not the connector's: content ids of the images that the prompt was computed with, in order; absent without images."""
 KVBM_WORTH = 100
 """The most and, negative, the least: stores keep an order of blocks per worth, and clients must not make them keep millions."""
 
@@ -43,3 +45,11 @@ def decode(raw: bytes) -> dict[str, Any]:
     if not isinstance(params, dict) or params.get("do_remote_prefill") is not True:
         raise RequestError("kv_transfer_params is not a prefill answer: pass the prefill model's output on as it is")
     return params
+
+
+def check_images(params: dict[str, Any], image_ids: Sequence[str]) -> None:
+    """Raises RequestError unless decode has the very images that prefill had: their sizes decide where every token stands."""
+    computed = params.get(IMAGE_IDS)
+    if computed is not None and list(computed) != list(image_ids):
+        raise RequestError("an image is not the one that the prompt was computed with: a URL changed between prefill and decode, "
+                           "send the files in base64")

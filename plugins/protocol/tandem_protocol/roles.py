@@ -13,8 +13,10 @@ class Role(StrEnum):
     """Computes the KV blocks of a prompt and hands them off; generates no text."""
     DECODE = "decode"
     """Pulls the KV blocks of a prompt and generates; without a handoff it serves like an aggregated worker."""
+    ENCODE = "encode"
+    """Computes the embeddings of a prompt's images and leaves them for the others; has no KV blocks and generates no text."""
 
     @property
     def is_disaggregated(self) -> bool:
         """Whether the role takes part in a handoff, so that it needs a connector that moves KV between engines."""
-        return self is not Role.AGGREGATED
+        return self in (Role.PREFILL, Role.DECODE)

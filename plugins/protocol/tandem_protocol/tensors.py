@@ -28,6 +28,7 @@ STREAM = "stream"
 SAMPLING_PARAMETERS = "sampling_parameters"
 EXCLUDE_INPUT_IN_OUTPUT = "exclude_input_in_output"
 KV_TRANSFER_PARAMS = "kv_transfer_params"
+EC_TRANSFER_PARAMS = "ec_transfer_params"
 
 TEXT_OUTPUT = "text_output"
 OUTPUT_IDS = "output_ids"
@@ -63,22 +64,27 @@ ABORT_PARAMETER = "abort"
 """A request with this Triton parameter and no inputs aborts the request of that id on a worker, and is answered with an empty
 final response: the way out where Triton passes no cancellation on."""
 HANDOFF = TensorSpec(KV_TRANSFER_PARAMS, "TYPE_STRING", (1,))
+ENCODED = TensorSpec(EC_TRANSFER_PARAMS, "TYPE_STRING", (1,))
+"""What an encode worker answers: JSON with the content ids of the images. As an input it only makes an ensemble wait for the encoder:
+embeddings are found by what the images themselves are."""
 
 
 def inputs_of(role: Role) -> tuple[TensorSpec, ...]:
     """The inputs of a worker with this role."""
-    return (*REQUEST_INPUTS, HANDOFF) if role is Role.DECODE else REQUEST_INPUTS
+    if role is Role.ENCODE:
+        return REQUEST_INPUTS
+    return (*REQUEST_INPUTS, HANDOFF, ENCODED) if role is Role.DECODE else (*REQUEST_INPUTS, ENCODED)
 
 
 def outputs_of(role: Role) -> tuple[TensorSpec, ...]:
-    """The outputs of a worker with this role; a prefill worker answers with the handoff alone."""
-    return (HANDOFF,) if role is Role.PREFILL else GENERATION_OUTPUTS
+    """The outputs of a worker with this role; a prefill worker answers with the handoff alone, an encode worker with its own."""
+    return {Role.PREFILL: (HANDOFF,), Role.ENCODE: (ENCODED,)}.get(role, GENERATION_OUTPUTS)
 
 
 def is_decoupled(role: Role) -> bool:
     """Whether the role's model answers with several responses.
 
-    A prefill model must not be decoupled: an ensemble step may not take inputs that come from two different decoupled
-    origins, and decode takes the ensemble's own inputs besides the handoff.
+    A prefill or encode model must not be decoupled: an ensemble step may not take inputs that come from two different decoupled
+    origins, and the next one takes the ensemble's own inputs besides the handoff.
     """
-    return role is not Role.PREFILL
+    return role not in (Role.PREFILL, Role.ENCODE)

@@ -9,6 +9,7 @@ Runs on the router's event loop. What holds for every request, whatever happens 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from tandem_router.conditional import PrefillRoute, prefill_route
 from tandem_router.config import RouterSettings
 from tandem_router.connections import Connections, Patience, WorkerLostError
 from tandem_router.doubts import Doubts
+from tandem_router.encoding import Encoding
 from tandem_router.meters import RequestMeter, cached_of, count_tokens
 from tandem_router.metrics import RouterMetrics
 from tandem_router.pairing import unpaired, why_alone
@@ -49,6 +51,10 @@ class Pools(Protocol):
     def prefill(self) -> Placement | None:
         """Prefill workers, or None while there are none or no decode workers."""
 
+    @property
+    def encode(self) -> Placement | None:
+        """Encode workers, or None while there are none."""
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -63,6 +69,8 @@ class Routed:
     """On the monotonic clock, from the request's own timeout."""
     prefill_worker_id: str = ""
     """The prefill worker that must be taken; empty for any."""
+    learn: Callable[[int], None] | None = None
+    """Takes the prompt's length in tokens, as the worker that generates reports it."""
 
 
 @dataclass
@@ -91,6 +99,7 @@ class Dispatcher:
         self._connections = connections
         self._settings = settings
         self._metrics = metrics
+        self._encoding = Encoding(connections, settings, metrics)
         self._patience = Patience(settings.first_token_timeout_s, settings.next_token_timeout_s)
         handed_over_s = min(settings.first_token_timeout_s, settings.transfer_timeout_s)
         self._patience_after_prefill = Patience(handed_over_s, settings.next_token_timeout_s)
@@ -149,6 +158,8 @@ class Dispatcher:
     async def _leg(self, routed: Routed, request: GenerationRequest, leg: Leg, answer: Answer, stream: ResponseStream) -> None:
         """Runs the request on its generating worker, after a remote prefill where that is worth it."""
         try:
+            if request.images and not answer.started and (encoders := self._pools.encode) is not None:
+                await self._encoding.encode(encoders, routed.route, request, routed.span)
             if self._prefill_route(leg, routed).remote:
                 leg.pool.prefill_done(leg.decision.ticket)  # its tokens are computed elsewhere
                 request = replace(request, handoff=await self._remote_prefill(routed, request, leg))
@@ -221,6 +232,8 @@ class Dispatcher:
                 self._note(leg, arrays)
                 if routed.meter.waiting and arrays:
                     routed.span.event("first_token")
+                    if routed.learn is not None and tensors.NUM_INPUT_TOKENS in arrays:
+                        routed.learn(int(arrays[tensors.NUM_INPUT_TOKENS][0]))
                 routed.meter.received(count_tokens(arrays), cached_of(arrays, leg.cached_tokens), time.perf_counter())
                 stream.push(Delta(answer.receive(arrays), finished=wire.is_final(response)))
 

@@ -68,6 +68,12 @@ class Fleet:
         return pool if pool.workers else None
 
     @property
+    def encode(self) -> Placement | None:
+        """Encode workers, or None while there are none."""
+        pool = self.pools[Role.ENCODE]
+        return pool if pool.workers else None
+
+    @property
     def model(self) -> str:
         """The model that is served; empty before the first worker if the settings leave it open."""
         return self._model

@@ -39,6 +39,7 @@ class RouterMetrics:
         self._fallbacks = self._counter("prefill_fallbacks", "Remote prefills that failed, so that the decode worker prefilled.")
         self._unpaired = self._counter("unpaired_prefills", "Requests whose decode worker speculates as no prefill worker does, so that it "
                                        "prefilled.")
+        self._encode_fallbacks = self._counter("encode_fallbacks", "Requests whose images no encode worker could encode.")
         self._snapshots = self._counter("snapshots", "Snapshots of the index, by outcome.", "outcome")
         self._requests = self._counter("requests", "Requests that ended, by outcome.", "outcome")
         self._active = Gauge("tandem_router_active_requests", "Requests in flight.", registry=self._registry)
@@ -107,6 +108,10 @@ class RouterMetrics:
     def found_unpaired(self) -> None:
         """One request whose decode worker fits no prefill worker."""
         self._unpaired.inc()
+
+    def encode_fell_back(self) -> None:
+        """Images that no encode worker encoded."""
+        self._encode_fallbacks.inc()
 
     def snapshot(self, outcome: str) -> None:
         """`restored`, `refused` or `absent` at the start, then `saved` or `failed`."""

@@ -135,8 +135,9 @@ class Answer:
         return {name: array for name, array in arrays.items() if name in self._wanted}
 
     def _tracked(self, request: GenerationRequest) -> GenerationRequest:
-        """What we need to go on elsewhere, or else to count tokens."""
-        return replace(request, returns=request.returns | {tensors.OUTPUT_IDS if self.resumable else tensors.NUM_OUTPUT_TOKENS})
+        """What we need to go on elsewhere, or else to count tokens; and to learn how long images are."""
+        ours = {tensors.OUTPUT_IDS if self.resumable else tensors.NUM_OUTPUT_TOKENS}
+        return replace(request, returns=request.returns | ours | ({tensors.NUM_INPUT_TOKENS} if request.images else set()))
 
     def _correct(self, arrays: Arrays) -> None:
         """Counts of a later leg include the tokens of those before it."""

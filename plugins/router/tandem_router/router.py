@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 
 import uvloop
 
@@ -34,7 +35,7 @@ from tandem_router.metrics import Families, RouterMetrics
 from tandem_router.overrides import Overrides
 from tandem_router.placement import RouteRequest
 from tandem_router.probe import EventProbe
-from tandem_router.prompts import Prompts, block_keys, load_tokenizer, lora_of
+from tandem_router.prompts import Prompts, load_placeholder, load_tokenizer, lora_of
 from tandem_router.replicas import Alone, Replicas, Sharing
 from tandem_router.warm_restart import Snapshots, open_index, snapshot_path
 
@@ -218,21 +219,23 @@ class Router:
         started = time.perf_counter()
         token_ids = await prompts.token_ids(request)
         tokenized = time.perf_counter()
-        keys = block_keys(token_ids, self.fleet.generating.block_size, request)
+        known = await prompts.known(request, token_ids, self.fleet.generating.block_size)
         self.metrics.prepared(tokenized - started, time.perf_counter() - tokenized)
         route = RouteRequest(
-            isl=len(token_ids), keys=keys, lora=lora_of(request),
+            isl=known.tokens, keys=known.keys, lora=lora_of(request),
             worker_id=overrides.worker_id, overlap_weight=overrides.overlap_weight, temperature=overrides.temperature,
             expected_output_tokens=overrides.expected_output_tokens, priority=request.priority,
         )
-        active.meter.begin(self.metrics.tallies_of(self.fleet.model), len(token_ids))
-        return Routed(request, token_ids, route, active.meter, active.span, deadline, overrides.prefill_worker_id)
+        active.meter.begin(self.metrics.tallies_of(self.fleet.model), known.tokens)
+        learn = partial(prompts.learn, token_ids, known.content_ids)
+        return Routed(request, token_ids, route, active.meter, active.span, deadline, overrides.prefill_worker_id, learn)
 
     async def _prepare(self) -> Prompts:
         """Loads the tokenizer as soon as the model is known, which may take half a minute: no request should wait for it."""
         if not self.settings.router_tokenizer:
             await self._model_known()
-        prompts = Prompts(await asyncio.to_thread(load_tokenizer, self.settings.router_tokenizer or self.fleet.model))
+        model = self.settings.router_tokenizer or self.fleet.model
+        prompts = Prompts(await asyncio.to_thread(load_tokenizer, model), await asyncio.to_thread(load_placeholder, model))
         self._prepared = True
         return prompts
 

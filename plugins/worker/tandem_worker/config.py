@@ -46,7 +46,7 @@ class WorkerSettings:
 
     role: Role | None = setting(  # noqa: RUF009 - makes a dataclass field, like dataclasses.field itself
         env="TANDEM_ROLE", default=None, parse=Role, flag=False,
-        help="aggregated, prefill or decode; set by the model's config.pbtxt, since one server may hold all three.",
+        help="aggregated, prefill, decode or encode; set by the model's config.pbtxt, since one server may hold all of them.",
     )
     is_prefill_worker: bool = setting(
         env="DYN_VLLM_IS_PREFILL_WORKER", default=False, parse=parse_bool, help="Serve as a prefill worker, whatever `role` says."
@@ -255,7 +255,8 @@ class WorkerSettings:
     @property
     def publishes_kv_events(self) -> bool:
         """Whether a router has a use for this worker's KV events: decode workers' only serve conditional disaggregation."""
-        return self.effective_role is not Role.DECODE or self.conditional_disagg
+        role = self.effective_role
+        return role is not Role.ENCODE and (role is not Role.DECODE or self.conditional_disagg)
 
     @property
     def effective_consolidated_port(self) -> int:
@@ -269,7 +270,9 @@ class WorkerSettings:
 
     @property
     def effective_connectors(self) -> tuple[str, ...]:
-        """The connectors, after the role's default."""
+        """The connectors, after the role's default; an encode worker has no KV."""
+        if self.effective_role is Role.ENCODE:
+            return ("none",)
         if self.effective_role is Role.PREFILL and self.prefill_connector is not None:
             return self.prefill_connector
         if self.connector is not None:

@@ -15,7 +15,7 @@ from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
 
 VALID = ("nixl", "lmcache", "kvbm", "null", "none")
-KV_ROLE = {Role.AGGREGATED: "kv_both", Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+KV_ROLE = {Role.AGGREGATED: "kv_both", Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer", Role.ENCODE: "kv_both"}
 
 _CONNECTORS: dict[str, dict[str, Any]] = {
     "nixl": {"kv_connector": "NixlConnector"},

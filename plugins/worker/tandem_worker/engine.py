@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any, get_args
 
 from vllm import AsyncEngineArgs
-from vllm.config import KVEventsConfig, KVTransferConfig
+from vllm.config import ECTransferConfig, KVEventsConfig, KVTransferConfig
 from vllm.config.speculative import SpeculativeMethod
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -48,7 +48,8 @@ def sleep_abilities(engine: AsyncLLM) -> Abilities:
 def _typed(arguments: EngineArguments) -> dict[str, Any]:
     """model.json holds plain JSON; vLLM wants its own classes for nested configuration."""
     typed = dict(arguments)
-    for name, cls in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig)):
+    for name, cls in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig),
+                      ("ec_transfer_config", ECTransferConfig)):
         if isinstance(typed.get(name), dict):
             typed[name] = cls(**typed[name])
     return typed

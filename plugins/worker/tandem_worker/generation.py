@@ -8,11 +8,9 @@ What holds for every request, whatever happens to it:
 """
 
 import asyncio
-import base64
 import functools
-import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
@@ -22,11 +20,15 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from tandem_protocol import handoff
 from tandem_protocol.errors import EngineError, RequestError, TandemError, UnavailableError
 from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.roles import Role
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.config import WorkerSettings
+from tandem_worker.encode.answer import NothingEncoded, encode_answer, encode_params
+from tandem_worker.images.decode import ReadImage
+from tandem_worker.images.reader import ImageReader
 from tandem_worker.load import EngineLoads
 from tandem_worker.lora.adapters import Adapters
 from tandem_worker.lora.vllm_loras import lora_request
@@ -51,6 +53,7 @@ class Generator:
     settings: WorkerSettings
     loads: EngineLoads
     adapters: Adapters
+    images: ImageReader = field(default_factory=ImageReader)
 
     async def serve(self, request: GenerationRequest, stream: ResponseStream, active: int) -> None:
         """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
@@ -82,7 +85,7 @@ class Generator:
         params = self._generation_params(parse_sampling(request.sampling), request, 1)
         leg = _Leg(self, request)
         leg.rank = rank
-        await leg.run(self._prompt(request), params, None, DEFAULT_PRIORITY, None)
+        await leg.run(self._prompt(request, ()), params, None, DEFAULT_PRIORITY, None)
 
     @property
     def bos(self) -> int | None:
@@ -97,18 +100,27 @@ class Generator:
 
     async def _run(self, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         sampling = parse_sampling(leg.request.sampling)
-        async with self.adapters.using(sampling.lora_name) as adapter:
+        # Encoders have no adapters: what an adapter changes comes after the embeddings.
+        name = None if self.settings.effective_role is Role.ENCODE else sampling.lora_name
+        async with self.adapters.using(name) as adapter:
             await self._run_with(adapter and lora_request(adapter), sampling, leg, stream, active)
 
     async def _run_with(self, lora: LoRARequest | None, sampling: Sampling, leg: "_Leg", stream: ResponseStream, active: int) -> None:
         request = leg.request
         leg.rank = sampling.data_parallel_rank
-        prompt = self._prompt(request)
+        images = await self._read_images(request)
+        prompt = self._prompt(request, images)
         priority = request.priority or sampling.priority or DEFAULT_PRIORITY
         interval = stream_interval(active, self.loads.step_s, self.settings.response_rate) if request.stream else 1
         params = self._generation_params(sampling, request, interval)
-        if self.settings.effective_role is Role.PREFILL:
-            stream.encode = functools.partial(encode_handoff, speculation=self.speculation)
+        if self.settings.effective_role is Role.ENCODE:
+            stream.encode = functools.partial(encode_answer, image_ids=_ids_of(images))
+            params = encode_params()
+            if not images:
+                stream.push(NothingEncoded())
+                return
+        elif self.settings.effective_role is Role.PREFILL:
+            stream.encode = functools.partial(encode_handoff, speculation=self.speculation, image_ids=_ids_of(images))
             params = prefill_params(sampling)
         else:
             stream.encode = GenerationEncoder(request, sampling.n).encode
@@ -132,7 +144,18 @@ class Generator:
     def _generation_params(self, sampling: Sampling, request: GenerationRequest, interval: int) -> SamplingParams:
         return generation_params(sampling, stream=request.stream, detokenize=self.settings.use_vllm_tokenizer, stream_interval=interval)
 
-    def _prompt(self, request: GenerationRequest) -> TextPrompt | TokensPrompt:
+    async def _read_images(self, request: GenerationRequest) -> tuple[ReadImage, ...]:
+        """The images, which of a decode leg must be those that its prompt was computed with: a URL may show another one by now."""
+        if not request.images:
+            return ()
+        if not self.engine.model_config.is_multimodal_model:
+            raise RequestError("this model takes no images: leave the tensor image out")
+        images = await self.images.read(request.images)
+        if request.handoff is not None:
+            handoff.check_images(request.handoff, _ids_of(images))
+        return images
+
+    def _prompt(self, request: GenerationRequest, images: tuple[ReadImage, ...]) -> TextPrompt | TokensPrompt:
         prompt: Any
         if isinstance(request.prompt, str):
             if not self.settings.use_vllm_tokenizer:
@@ -140,10 +163,10 @@ class Generator:
             prompt = TextPrompt(prompt=request.prompt)
         else:
             prompt = TokensPrompt(prompt_token_ids=request.prompt)
-        if request.images:
-            if not self.engine.model_config.is_multimodal_model:
-                raise RequestError("this model takes no images: leave the tensor image out")
-            prompt["multi_modal_data"] = {"image": [_decode_image(item) for item in request.images]}
+        if images:
+            prompt["multi_modal_data"] = {"image": [image.pixels for image in images]}
+            # Block hashes, caches of the processor and embeddings go by these ids, and so do the router's block keys.
+            prompt["multi_modal_uuids"] = {"image": list(_ids_of(images))}
         return prompt
 
 
@@ -228,10 +251,5 @@ def _translate(exc: Exception) -> TandemError:
     return EngineError(f"the engine failed on this request: {type(exc).__name__}: {exc}")
 
 
-def _decode_image(item: bytes) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(item, validate=True))).convert("RGB")
-    except (ValueError, UnidentifiedImageError, OSError) as exc:
-        raise RequestError(f"an element of image is not a base64-encoded image: {exc}") from exc
+def _ids_of(images: tuple[ReadImage, ...]) -> tuple[str, ...]:
+    return tuple(image.content_id for image in images)

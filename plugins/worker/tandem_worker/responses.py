@@ -84,11 +84,13 @@ class GenerationEncoder:
         raise AssertionError(f"output {name} is declared in tandem_protocol.tensors but not encoded here")
 
 
-def encode_handoff(output: EngineOutput, speculation: str = "") -> Arrays:
-    """The one response of a prefill worker, which says how it speculates."""
+def encode_handoff(output: EngineOutput, speculation: str = "", image_ids: tuple[str, ...] = ()) -> Arrays:
+    """The one response of a prefill worker, which says how it speculates and which images it saw."""
     if not output.kv_transfer_params:
         raise EngineError("prefill finished without a handoff: the KV connector kept no blocks, look for its error in the log")
-    ours = {handoff.SPECULATION: speculation} if speculation else {}
+    ours: dict[str, Any] = {handoff.SPECULATION: speculation} if speculation else {}
+    if image_ids:
+        ours[handoff.IMAGE_IDS] = list(image_ids)
     return {tensors.KV_TRANSFER_PARAMS: _strings([handoff.encode({**output.kv_transfer_params, **ours})])}
 
 

@@ -26,9 +26,13 @@ from tandem_worker.admin import AdminServer
 from tandem_worker.canary import Canary, Patience, canary_request
 from tandem_worker.checkpoint import CheckpointPlan, Lifecycle, Outcome, plan_checkpoint
 from tandem_worker.config import WorkerSettings
+from tandem_worker.encode.config import embedding_transfer
+from tandem_worker.encode.config import load_settings as load_embedding_settings
 from tandem_worker.environment import engine_environment, metrics_folder, overridable
 from tandem_worker.guard import Ward, start_guard
 from tandem_worker.host import EngineHost
+from tandem_worker.images.config import load_settings as load_image_settings
+from tandem_worker.images.reader import ImageReader
 from tandem_worker.lora.adapter import static_adapters
 from tandem_worker.lora.adapters import CHANGEABLE
 from tandem_worker.lora.routes import lora_routes
@@ -113,6 +117,7 @@ class Worker:
             self.host.run(adapters.close()).result(_ADMIN_TIMEOUT_S)
             self.host.shutdown()
             adapters.release()
+            self.host.generator.images.close()
         if self._guard is not None:
             say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -138,6 +143,8 @@ class Worker:
             log.warning("shm.swept path=%s: the host tier of an engine that was killed", path)
         platform = detect_platform()
         arguments = complete(self._given_arguments(), self.settings, platform)
+        if arguments.get("ec_transfer_config") is None:
+            arguments["ec_transfer_config"] = embedding_transfer(load_embedding_settings(), self.settings.effective_role)
         if platform.is_cpu:
             os.environ[CPU_ENGINE_VARIABLE] = "nixl" if self.settings.effective_role.is_disaggregated else "1"
         loads = EngineLoads()
@@ -147,7 +154,8 @@ class Worker:
         load_time_s = time.monotonic() - started
         adapters = build_adapters(engine, self.settings, listed)
         cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
-        host = EngineHost(Generator(engine, self.settings, loads, adapters), self.settings, self._end_server, cpu_s, self.metrics.stream,
+        generator = Generator(engine, self.settings, loads, adapters, ImageReader(load_image_settings()))
+        host = EngineHost(generator, self.settings, self._end_server, cpu_s, self.metrics.stream,
                           self._spans)
         self.metrics.follow(functools.partial(engine_figures, host, load_time_s))
         self.exposition = self._expose(engine.vllm_config.model_config)

@@ -37,6 +37,7 @@ from tandem_router.config import load_settings as load_router_settings
 from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.connectors import parse_connectors, transfer_config
+from tandem_worker.encode.config import EMBEDDING_FOLDER
 from tandem_worker.ranks import local_ranks
 
 _FOLLOW_POLL_S = 0.2
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     if options.model:
         check_model(options.model)
     options = replace(options, model=options.model or str(embedded_model()))
-    environment = {**_discovery(options, folder), **workers_environment(sidecars), **_environment(options, fleet, hardware)}
+    environment = {**_discovery(options, folder), **_embeddings(fleet, folder), **workers_environment(sidecars),
+                   **_environment(options, fleet, hardware)}
     state = _start(options, fleet, settings, folder, environment, routers, sidecars)
     try:
         return _serve(state, folder, options)
@@ -139,6 +141,12 @@ def _discovery(options: ServeOptions, folder: RunFolder) -> dict[str, str]:
     """One discovery for all workers of the run, and how routers reach them; what the caller's environment says wins, also to say none."""
     ours = {"TANDEM_DISCOVERY": f"file:{quote(str(folder.discovery.absolute()))}", "TANDEM_GRPC_URL": f"127.0.0.1:{options.grpc_port}"}
     return {name: value for name, value in ours.items() if name not in os.environ}
+
+
+def _embeddings(fleet: Fleet, folder: RunFolder) -> dict[str, str]:
+    """Where encode workers of the run leave what they encode, unless the caller chose a folder that other hosts see, too."""
+    encodes = any(worker.role is Role.ENCODE for worker in fleet.workers)
+    return {EMBEDDING_FOLDER: str(folder.embeddings.absolute())} if encodes and not os.environ.get(EMBEDDING_FOLDER) else {}
 
 
 def _environment(options: ServeOptions, fleet: Fleet, hardware: Hardware) -> dict[str, str]:

@@ -45,11 +45,13 @@ class WorkerPlan:
 
 @dataclass(frozen=True)
 class EnsemblePlan:
-    """An ensemble that chains one prefill and one decode worker."""
+    """An ensemble that chains workers."""
 
     name: str
-    prefill: str
-    decode: str
+    template: str
+    """The ensemble of the shipped repository that it is a copy of."""
+    steps: dict[Role, str]
+    """Role -> the worker that takes this step."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,13 @@ class Counts:
     prefill: int = 1
     decode: int = 1
     routers: int = 1
+    encode: int = 0
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode) < 1:
             raise ConfigError("--prefill and --decode must be at least 1")
-        if min(self.aggregated, self.routers) < 0:
-            raise ConfigError("--workers and --routers must be at least 0")
+        if min(self.aggregated, self.routers, self.encode) < 0:
+            raise ConfigError("--workers, --routers and --encode must be at least 0")
 
 
 def plan_fleet(mode: Mode, counts: Counts, only: Role | None, hardware: Hardware, arguments: dict[str, Any]) -> Fleet:
@@ -103,7 +106,8 @@ def _roles(mode: Mode, counts: Counts, only: Role | None) -> list[tuple[str, Rol
     aggregated = counts.aggregated if only is None and mode is not Mode.DISAGG else 0
     prefills = counts.prefill if _wants(Role.PREFILL, mode, only) else 0
     decodes = counts.decode if _wants(Role.DECODE, mode, only) else 0
-    kinds = (("vllm", Role.AGGREGATED, aggregated), ("prefill", Role.PREFILL, prefills), ("decode", Role.DECODE, decodes))
+    kinds = (("vllm", Role.AGGREGATED, aggregated), ("prefill", Role.PREFILL, prefills), ("decode", Role.DECODE, decodes),
+             ("encode", Role.ENCODE, counts.encode if only is None else 0))
     return [(_numbered(name, i), role) for name, role, count in kinds for i in range(count)]
 
 
@@ -116,13 +120,19 @@ def _numbered(name: str, i: int) -> str:
 
 
 def _ensembles(workers: tuple[WorkerPlan, ...]) -> tuple[EnsemblePlan, ...]:
-    """One ensemble per pair; the shorter side is used again, since ensembles are static. The router does better."""
-    prefills = [worker.name for worker in workers if worker.role is Role.PREFILL]
-    decodes = [worker.name for worker in workers if worker.role is Role.DECODE]
-    if not prefills or not decodes:
-        return ()
-    pairs = max(len(prefills), len(decodes))
-    return tuple(EnsemblePlan(_numbered("disagg", i), prefills[i % len(prefills)], decodes[i % len(decodes)]) for i in range(pairs))
+    """Every chain of the shipped repository whose roles are all there."""
+    chains = (("disagg", (Role.PREFILL, Role.DECODE)), ("encode_agg", (Role.ENCODE, Role.AGGREGATED)),
+              ("encode_disagg", (Role.ENCODE, Role.PREFILL, Role.DECODE)))
+    return tuple(plan for template, roles in chains for plan in _chained(template, roles, workers))
+
+
+def _chained(template: str, roles: tuple[Role, ...], workers: tuple[WorkerPlan, ...]) -> list[EnsemblePlan]:
+    """As many ensembles as the longest side has workers; the others are used again, since ensembles are static. The router does better."""
+    names = {role: [worker.name for worker in workers if worker.role is role] for role in roles}
+    if not all(names.values()):
+        return []
+    return [EnsemblePlan(_numbered(template, i), template, {role: own[i % len(own)] for role, own in names.items()})
+            for i in range(max(map(len, names.values())))]
 
 
 def _place(workers: list[WorkerPlan], hardware: Hardware, arguments: dict[str, Any]) -> tuple[WorkerPlan, ...]:

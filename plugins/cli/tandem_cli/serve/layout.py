@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "discovery"
 
     @property
+    def embeddings(self) -> Path:
+        """What this run's encode workers leave for the others."""
+        return self.path / "embeddings"
+
+    @property
     def log(self) -> Path:
         """The server's log; kept after the run, beside the folder."""
         return self.path.with_suffix(".log")

@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="instances of the model router, each a process; 0 for none (default 1, and 0 for a host of one role)")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (default 1)")
+    parser.add_argument("--encode", type=int, default=0, metavar="N",
+                        help="encode workers, which compute the embeddings of images for all others (default 0)")
     parser.add_argument("--http-port", type=int, default=8000, help="default 8000")
     parser.add_argument("--grpc-port", type=int, default=8001, help="default 8001")
     parser.add_argument("--metrics-port", type=int, default=8002, help="default 8002")
@@ -103,7 +105,7 @@ def parse_options(args: argparse.Namespace) -> ServeOptions:
         model=args.model or os.environ.get("TANDEM_MODEL") or None,
         mode=Mode(args.mode or Mode.BOTH),
         only=only,
-        counts=Counts(args.workers, args.prefill, args.decode, _routers(args.routers, only)),
+        counts=Counts(args.workers, args.prefill, args.decode, _routers(args.routers, only), args.encode),
         http_port=args.http_port,
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,

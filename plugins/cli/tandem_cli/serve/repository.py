@@ -8,7 +8,7 @@ from pathlib import Path
 from tandem_cli.serve.fleet import ROUTER, EnsemblePlan, Fleet, WorkerPlan
 from tandem_protocol.roles import Role
 
-TEMPLATES = {Role.AGGREGATED: "vllm", Role.PREFILL: "prefill", Role.DECODE: "decode"}
+TEMPLATES = {Role.AGGREGATED: "vllm", Role.PREFILL: "prefill", Role.DECODE: "decode", Role.ENCODE: "encode"}
 
 
 def write_repository(fleet: Fleet, model: str, source: Path, target: Path) -> None:
@@ -20,7 +20,7 @@ def write_repository(fleet: Fleet, model: str, source: Path, target: Path) -> No
     for worker in fleet.workers:
         _write_worker(worker, model, source / TEMPLATES[worker.role], target / worker.name)
     for ensemble in fleet.ensembles:
-        _write_ensemble(ensemble, source / "disagg", target / ensemble.name)
+        _write_ensemble(ensemble, source / ensemble.template, target / ensemble.name)
     if fleet.routers:
         _write_router(fleet.routers, model, source / ROUTER, target / ROUTER)
 
@@ -45,8 +45,8 @@ def _write_router(instances: int, model: str, template: Path, folder: Path) -> N
 
 def _write_ensemble(ensemble: EnsemblePlan, template: Path, folder: Path) -> None:
     text = (template / "config.pbtxt").read_text()
-    text = text.replace('name: "disagg"', f'name: "{ensemble.name}"', 1)
-    text = text.replace('model_name: "prefill"', f'model_name: "{ensemble.prefill}"')
-    text = text.replace('model_name: "decode"', f'model_name: "{ensemble.decode}"')
+    text = text.replace(f'name: "{ensemble.template}"', f'name: "{ensemble.name}"', 1)
+    for role, worker in ensemble.steps.items():
+        text = text.replace(f'model_name: "{TEMPLATES[role]}"', f'model_name: "{worker}"')
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(text)

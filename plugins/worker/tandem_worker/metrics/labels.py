@@ -25,7 +25,7 @@ class Labels:
 
 def dynamo_labels(namespace: str, role: Role, model: str, model_name: str) -> dict[str, str]:
     """As Dynamo labels the metrics of its components: decode workers are its backend, too."""
-    component = "prefill" if role is Role.PREFILL else "backend"
+    component = {Role.PREFILL: "prefill", Role.ENCODE: "encoder"}.get(role, "backend")
     return {"dynamo_namespace": namespace, "dynamo_component": component, "dynamo_endpoint": ENDPOINT, "model": model,
             "model_name": model_name}
 
