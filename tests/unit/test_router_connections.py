@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from tandem_router import wire
 from tandem_router.connections import Connections, Patience, Silence, WorkerLostError
 
 WAIT_S = 10.0
+MOMENT_S = 0.2
 PATIENT = Patience(WAIT_S, WAIT_S)
 
 
@@ -108,9 +110,28 @@ async def texts(connections: Connections, script: Script) -> list[bytes]:
 
 
 async def test_a_stream_ends_with_its_final_response(connections: Connections) -> None:
-    """What the server would send after that is not waited for."""
+    """A server that then leaves the stream open is not waited for longer than a moment."""
     script = silence_after(delta("a"), delta("b"), delta(final=True))
     assert await texts(connections, script) == [b"a", b"b"]
+
+
+async def test_a_stream_is_not_cancelled_between_its_final_response_and_its_end(connections: Connections) -> None:
+    """tritonserver would keep the request for ever. This server takes a moment to end the stream."""
+    ended = asyncio.Event()
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield delta("a", final=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MOMENT_S):
+                await asyncio.Event().wait()
+        ended.set()
+
+    model = FakeModel(script)
+    async with FakeTriton({"m": model}) as server, asyncio.timeout(WAIT_S):
+        async for _ in connections.stream(server.url, wire.abort_message("m", "r"), PATIENT):
+            pass
+    assert ended.is_set()
+    assert not model.cancelled.is_set()
 
 
 async def test_a_stream_without_an_end_is_a_lost_worker(connections: Connections) -> None:

@@ -151,6 +151,7 @@ class GenerationClient:
             async for response in call:
                 if response.error_message:
                     log.warning("model %s did not abort request %s: %s", worker, request_id, response.error_message)
+                await _read_eof(call)
                 break
         except grpc.aio.AioRpcError as exc:
             log.warning("model %s did not abort request %s: %s", worker, request_id, exc.details())
@@ -169,7 +170,7 @@ async def _once(message: Any) -> AsyncIterator[Any]:
 
 
 async def _read_eof(call: Any) -> None:
-    """Lets the server close the stream by itself: a cancel now would only be noise in its log."""
+    """Lets the server close the stream by itself: tritonserver 2.51 keeps a request for ever whose client cancels at this moment."""
     try:
         async with asyncio.timeout(EOF_TIMEOUT_S):
             async for _ in call:

@@ -149,8 +149,10 @@ class TritonSink:
     Triton frees the request's response factory when it handles the final response, and asking for cancellation after that
     crashes tritonserver (seen on 2.51). So the last send and the question exclude each other.
 
-    The end of a good stream is sent by itself: in 2.51 a last response that carries the end, after a question, leaves the factory
-    behind in some 1 of 100 requests. Then the model can't be unloaded, and the server's exit waits for its timeout.
+    The end of a good stream is sent by itself, so that a client that cancels when it has its last tokens doesn't do so between the final
+    response and the end of its stream: 2.51's frontend then waits for a response that already came, keeps the request, and the model can
+    never be unloaded. An error carries the end: where a client asked for true statuses (`triton_grpc_error`) the error ends its stream,
+    and an end that comes later meets a stream that 2.51 has freed.
     """
 
     def __init__(self, sender: Any) -> None:

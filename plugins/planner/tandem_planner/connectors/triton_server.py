@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model repository of one tritonserver, over HTTP. Edge module: knows aiohttp.
 
-An unload is asked for and looked after: tritonserver 2.51 answers before the model is gone, and a model whose response factories
-leaked never goes. A load answers when the model serves, which for an engine takes minutes.
+An unload is asked for and looked after: tritonserver 2.51 answers before the model is gone, and a model of which it keeps a request
+(docs/limits.md, "Triton") never goes. A load answers when the model serves, which for an engine takes minutes.
 """
 
 import asyncio
