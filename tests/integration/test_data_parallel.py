@@ -2,35 +2,29 @@
 """A worker of two data-parallel ranks behind the router: real engines, two random layers each. Both share the test machine's cores."""
 
 import asyncio
-import json
 import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from calls import Call, collect, connect, responses, text_of
+from calls import Call, collect, connect, text_of
+from data_parallel import SAMPLING, WAIT_S, cached, core, of_rank, on_rank, record, streaming
 from models import make_tiny_model
 from prompts import BLOCK_SIZE, make_prompts
-from servers import Server, get_json, get_text, processes_with, serve, tandem, wait_for
-from tandem_protocol.workers import WorkerRecord
+from servers import Server, command_of, get_json, processes_with, serve, tandem, wait_for
 from tandem_worker.shared_memory import mapped_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 HANG_S = 6.0
 SEEN_WITHIN_S = HANG_S + 5.0
-WAIT_S = 60.0
 GONE_WITHIN_S = 45.0
-SAMPLING = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
-ENDLESS = {"temperature": 0, "max_tokens": 1900, "ignore_eos": True}
 RANKS = (0, 1)
 
 
@@ -59,36 +53,6 @@ async def client(ranked: Server) -> AsyncIterator[Any]:
     """Of its gRPC."""
     async with connect(ranked.grpc_url) as connected:
         yield connected
-
-
-def record(server: Server) -> WorkerRecord:
-    """What the worker registered."""
-    [path] = Path(server.run_dir, str(server.http_port), "discovery").glob("*.json")
-    return msgspec.convert(json.loads(path.read_bytes())["record"], WorkerRecord)
-
-
-def core(server: Server, rank: int) -> psutil.Process:
-    """A rank's EngineCore, by its title."""
-    [stub] = [process for process in server.processes()
-              if "triton_python_backend_stub" in (command := " ".join(process.cmdline())) and "/vllm/" in command]
-    return next(child for child in stub.children() if f"EngineCore_DP{rank}" in " ".join(child.cmdline()))
-
-
-def of_rank(server: Server, name: str, rank: int) -> float:
-    """A metric of vLLM's, which names its ranks `engine`."""
-    lines = get_text(f"{server.admin_url('vllm')}/metrics").splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and f'engine="{rank}"' in line)
-
-
-def on_rank(prompt: list[int], rank: int | None, **sampling: Any) -> Call:
-    """A request to the worker itself, perhaps for a rank."""
-    named = {} if rank is None else {"data_parallel_rank": rank}
-    return Call("vllm", prompt, {**SAMPLING, **sampling, **named}, returns=("num_cached_tokens",))
-
-
-async def cached(client: Any, call: Call) -> int:
-    """Prompt tokens that were found in the prefix cache."""
-    return max(int(part["num_cached_tokens"][0]) for part in await collect(client, call) if "num_cached_tokens" in part)
 
 
 def test_every_rank_is_announced(ranked: Server) -> None:
@@ -145,25 +109,6 @@ async def test_sequences_of_one_request_share_its_rank(ranked: Server, client: A
     assert min(tokens) < 10, "a canary at most"
 
 
-@asynccontextmanager
-async def streaming(server: Server, ranks: tuple[int | None, ...]) -> AsyncIterator[list["asyncio.Task[None]"]]:
-    """A request in mid-stream for each of the ranks; None leaves the choice to the worker."""
-    async with connect(server.grpc_url) as client:
-        begun = [asyncio.Event() for _ in ranks]
-
-        async def consume(rank: int | None, event: asyncio.Event) -> None:
-            async for _ in responses(client, on_rank([7, 8, 9], rank, **ENDLESS)):
-                event.set()
-
-        tasks = [asyncio.create_task(consume(rank, event)) for rank, event in zip(ranks, begun, strict=True)]
-        for event in begun:
-            await asyncio.wait_for(event.wait(), WAIT_S)
-        yield tasks
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def test_requests_without_a_rank_go_to_the_least_loaded(ranked: Server) -> None:
     """Two of four on each."""
     async with streaming(ranked, (None, None, None, None)):
@@ -183,7 +128,7 @@ def test_canaries_ask_every_rank(ranked: Server) -> None:
 async def test_the_death_of_the_ranks_coordinator_is_survived(ranked: Server, client: Any) -> None:
     """vLLM's process between the ranks only passes figures on, of dense models; the worker chooses ranks by its own."""
     [stub] = {core(ranked, rank).parent() for rank in RANKS}
-    coordinator = next(child for child in stub.children() if "DPCoordinator" in " ".join(child.cmdline()))
+    coordinator = next(child for child in stub.children() if "DPCoordinator" in command_of(child))
     coordinator.kill()
     [prompt] = make_prompts(11, 300, 300)[10:]
     assert [await cached(client, on_rank(prompt, rank)) for rank in (0, 1, 0, 1)] == [0, 0, 288, 288]
@@ -227,13 +172,21 @@ async def test_no_rank_outlives_its_worker(tmp_path: Path, model: Path, victim: 
         assert [path for path in mapped if path.exists()] == []
 
 
+def test_one_rank_of_a_dense_model_per_host_is_refused(tmp_path: Path, model: Path) -> None:
+    """Which only vLLM's own configuration tells from a mixture of experts; before engines start, that would die of an assertion."""
+    lonely = ["--data-parallel-size", "2", "--data-parallel-size-local", "1", "--data-parallel-hybrid-lb"]
+    with pytest.raises(AssertionError, match="vLLM has no single data-parallel rank of a dense model per host"), \
+            serve(tmp_path, "--mode", "agg", "--routers", "0", "--model", str(model), *lonely):
+        pass
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--data-parallel-size", "0"], "data_parallel_size must be a positive integer"),
      (["--data-parallel-size", "2", "--data-parallel-rank", "2"], "data_parallel_rank must be a rank below data_parallel_size"),
-     (["--data-parallel-size", "2", "--data-parallel-size-local", "1"], "leaves ranks to engines without endpoints"),
+     (["--data-parallel-size", "2", "--data-parallel-size-local", "1"], "a leader and its followers meet at data_parallel_address"),
      (["--data-parallel-size", "2", "--data-parallel-hybrid-lb"], "data_parallel_hybrid_lb needs data_parallel_size_local"),
-     (["--data-parallel-size", "2", "--headless"], "headless: a worker without endpoints is not served"),
+     (["--data-parallel-size", "2", "--headless"], "headless needs data_parallel_size_local and data_parallel_start_rank"),
      (["--data-parallel-size", "2", "--data-parallel-backend", "ray"], "its processes are not this worker's")],
 )
 def test_serve_refuses_in_one_sentence(tmp_path: Path, model: Path, arguments: list[str], message: str) -> None:

@@ -169,3 +169,53 @@ async def test_an_engine_that_sleeps_is_not_asked() -> None:
     loads.asleep = False
     await watch.look()
     assert asked == [0, 1]
+
+
+def test_work_that_was_taken_back_in_mid_silence_leaves_a_doubt() -> None:
+    """Until a step clears it; work that is taken back from an engine that steps leaves none."""
+    heartbeat = Heartbeat(HANG_S, STEP_S)
+    pulses = [Pulse(0, 1, 1, 0), Pulse(1, 2, 1, 0), Pulse(2, 2, 0, 0), Pulse(3, 2, 1, 0), Pulse(4, 2, 0, 0), Pulse(5, 3, 0, 0)]
+    doubts = []
+    for pulse in pulses:
+        heartbeat.look(pulse)
+        doubts.append(heartbeat.in_doubt)
+    assert doubts == [False, False, False, False, True, False]
+
+
+@pytest.mark.usefixtures("fast")
+async def test_an_engine_in_doubt_is_asked_and_its_hang_is_seen() -> None:
+    """Clients left, so that there is no work to tell by; the probe is work, and is not sent twice."""
+    loads, told, probes = loads_of(1), asyncio.Queue[str](), 0
+
+    async def probe() -> None:
+        nonlocal probes
+        probes += 1
+        loads.of(0).in_engine += 1
+        await asyncio.Event().wait()
+
+    watch = HangWatch(partial(Heartbeat, 0.05, STEP_S), loads, lambda _: 0.0, told.put, probe)
+    assert [await watch.look(), await watch.look()] == [None, None]
+    loads.of(0).in_engine = 0
+    await asyncio.wait_for(watch.run(), WAIT_S)
+    assert told.get_nowait().startswith("the engine hangs: 1 requests in it")
+    assert probes == 1
+
+
+async def test_an_engine_in_doubt_that_answers_is_left_alone() -> None:
+    """One probe, also if that fails as soon as it is sent: the next look asks again."""
+    loads, probes = loads_of(1), 0
+
+    async def probe() -> None:
+        nonlocal probes
+        probes += 1
+        if probes == 1:
+            raise RuntimeError("refused")
+        loads.of(0).record(None, 1)
+
+    watch = HangWatch(partial(Heartbeat, HANG_S, STEP_S), loads, lambda _: 0.0, _unexpected, probe)
+    for in_engine in (1, 1, 0, 0, 0, 0, 0):
+        loads.of(0).in_engine = in_engine
+        assert await watch.look() is None
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert probes == 2

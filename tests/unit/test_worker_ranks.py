@@ -17,6 +17,9 @@ CPU, GPU = Platform(True, KNOWN), Platform(False, KNOWN)
 HYBRID = {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_hybrid_lb": True}
 
 
+MEETING = {"data_parallel_address": "10.0.0.1", "data_parallel_rpc_port": 13445}
+
+
 def dp(**arguments: Any) -> dict[str, Any]:
     """size=4 for data_parallel_size=4."""
     return {f"data_parallel_{name}": value for name, value in arguments.items()}
@@ -28,10 +31,12 @@ def dp(**arguments: Any) -> dict[str, Any]:
      (dp(size=4, size_local=4), LocalRanks(0, 4)), (dp(size=4, rank=3), LocalRanks(3, 1)), (HYBRID, LocalRanks(0, 2)),
      (dp(size=4, rank=0, size_local=1), LocalRanks(0, 1)), ({**HYBRID, **dp(start_rank=2)}, LocalRanks(2, 2)),
      (dp(size=4, size_local=1, start_rank=3), LocalRanks(3, 1)), (dp(size=2, backend="mp"), LocalRanks(0, 2)),
+     ({**dp(size=4, size_local=1), **MEETING}, LocalRanks(0, 1, 3)), ({"headless": False, **dp(size=2)}, LocalRanks(0, 2)),
+     ({"headless": True, **dp(size=4, size_local=2, start_rank=2), **MEETING}, LocalRanks(2, 2)),
      (dp(size=2, address="10.0.0.1", rpc_port=13445), LocalRanks(0, 2))],
 )
 def test_the_ranks_of_this_worker(arguments: dict[str, Any], ranks: LocalRanks) -> None:
-    """All of one host's, those of this host (hybrid), or one (external)."""
+    """All of one host's, those of this host (hybrid), one (external), a leader's with how many follow, a follower's."""
     assert local_ranks(arguments) == ranks
 
 
@@ -47,8 +52,15 @@ def test_the_ranks_of_this_worker(arguments: dict[str, Any], ranks: LocalRanks) 
         (dp(size=2, external_lb=True), "data_parallel_external_lb needs data_parallel_rank"),
         (dp(size=2, hybrid_lb=True), "data_parallel_hybrid_lb needs data_parallel_size_local"),
         ({**HYBRID, **dp(start_rank=3)}, "ranks 3 to 4 are on this host and data_parallel_size is 4"),
-        (dp(size=4, size_local=2), "data_parallel_size_local 2 of 4 leaves ranks to engines without endpoints.*--data-parallel-hybrid-lb"),
-        ({"headless": True}, "headless: a worker without endpoints is not served: give each host its own"),
+        (dp(size=4, size_local=2), "a leader and its followers meet at data_parallel_address.*data_parallel_hybrid_lb"),
+        ({**dp(size=4, size_local=5), **MEETING}, "data_parallel_size_local 5 is more than data_parallel_size 4"),
+        ({"headless": True, **dp(size=4)}, "headless needs data_parallel_size_local and data_parallel_start_rank"),
+        ({"headless": True, **dp(size=4, size_local=2, start_rank=0), **MEETING}, r"headless needs .* \(above 0, which is the leader's\)"),
+        ({"headless": True, **dp(size=4, size_local=2, start_rank=2)}, "a leader and its followers meet at"),
+        ({"headless": True, **dp(size=4, size_local=2, start_rank=3), **MEETING}, "ranks 3 to 4 are on this host"),
+        ({"headless": True, **dp(size=2, rank=0), **MEETING}, "headless and data_parallel_rank exclude each other"),
+        ({"headless": True, **HYBRID, **MEETING}, "headless and data_parallel_hybrid_lb exclude each other"),
+        ({"headless": True, "nnodes": 2, **dp(size=4, size_local=2), **MEETING}, "headless and nnodes exclude each other"),
         (dp(size=2, backend="ray"), "data_parallel_backend 'ray': its processes are not this worker's"),
     ],
 )
@@ -103,3 +115,11 @@ def test_groups_of_cores_that_do_not_fit(cores: str, ranks: int) -> None:
     with pytest.raises(ConfigError, match=r"give one group each, with \| between"):
         complete({"model": "m", **dp(size=ranks)}, settings, CPU)
     assert complete({"model": "m", **dp(size=ranks)}, settings, GPU)
+
+
+def test_a_leader_needs_an_admin_port() -> None:
+    """Its followers come there; a follower of a leader that has none would look for it in vain."""
+    leader = {"model": "m", **dp(size=2, size_local=1), **MEETING}
+    with pytest.raises(ConfigError, match="a leader of followers needs an admin port"):
+        complete(leader, replace(WorkerSettings(), admin_port=-1), CPU)
+    assert complete(leader, WorkerSettings(), CPU)

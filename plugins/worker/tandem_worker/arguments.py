@@ -39,7 +39,8 @@ def complete(given: EngineArguments, settings: WorkerSettings, platform: Platfor
     Raises ConfigError for an unknown argument, a contradiction, or a model that is not named.
     """
     arguments = dict(given)
-    local_ranks(arguments)  # says the fix, where vLLM would wait for ten minutes
+    if local_ranks(arguments).remote and settings.effective_admin_port < 0:  # it says the fix, where vLLM would wait for ten minutes
+        raise ConfigError("a leader of followers needs an admin port, to which they tie themselves: set DYN_SYSTEM_PORT")
     _refuse_unknown(arguments, platform.known_arguments | {HEADLESS})
     arguments.pop(HEADLESS, None)
     if platform.is_cpu:

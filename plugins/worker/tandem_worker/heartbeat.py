@@ -7,6 +7,9 @@ hang does not. So the engine hangs when it had work and for `hang_timeout_s` nei
 longer than `step_timeout_s` whatever it did. On a GPU the engine's own processes spin while they wait for the device, so there only
 the time of compilers counts (`stacks.engine_cpu_s`).
 
+An engine whose work was taken back in mid-silence (a router that moved its streams, clients that gave up) is asked for one token: it
+tells nothing by itself, and what it should have done is undone.
+
 Each data-parallel rank is judged by itself: its neighbours' steps and computation say nothing of it.
 
 Runs on the worker's event loop; its own lateness (a busy loop, a stub that was stopped) is not held against the engine.
@@ -63,6 +66,11 @@ class Heartbeat:
             self._count(min(pulse.now - last.now, _LONGEST_LOOK_S), pulse.cpu_s - last.cpu_s)
         return self._verdict(pulse.in_engine)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it has fallen silent with work, and has none any more."""
+        return self._silent_s > 0 and self._last is not None and self._last.in_engine == 0
+
     def _count(self, elapsed_s: float, cpu_s: float) -> None:
         self._stepless_s += elapsed_s
         self._silent_s = 0.0 if cpu_s > _COMPUTING_SHARE * elapsed_s else self._silent_s + elapsed_s
@@ -80,31 +88,54 @@ class HangWatch:
     """Looks at every rank of an engine each second until one hangs."""
 
     def __init__(self, heartbeat: Callable[[str], Heartbeat], loads: EngineLoads, engine_cpu_s: Callable[[int | None], float],
-                 on_hang: Callable[[str], Awaitable[None]]) -> None:
-        """`heartbeat` makes one for what it is called. `engine_cpu_s` is asked for a rank, or for None where there is only one."""
+                 on_hang: Callable[[str], Awaitable[None]], probe: Callable[[], Awaitable[None]] | None = None) -> None:
+        """`heartbeat` makes one for what it is called. `engine_cpu_s` is asked for a rank, or for None where there is only one.
+
+        `probe` gives every rank work of our own, counted like any, and returns when it is done, however long that takes.
+        """
         self._make = heartbeat
         self._loads = loads
         self._engine_cpu_s = engine_cpu_s
         self._on_hang = on_hang
+        self.probe = probe
+        self._probing: asyncio.Future[None] | None = None
         self._heartbeats: dict[int, Heartbeat] = {}
         self._cpu_s: dict[int, float] = {}
 
     async def run(self) -> None:
         """Until a rank hangs and `on_hang` was told why."""
         reason = None
-        while reason is None:
-            await asyncio.sleep(INTERVAL_S)
-            try:
-                reason = await self.look()
-            except Exception:  # a failed look at the processes must not end the watch
-                log.exception("heartbeat.look_failed")
-        await self._on_hang(reason)
+        try:
+            while reason is None:
+                await asyncio.sleep(INTERVAL_S)
+                try:
+                    reason = await self.look()
+                except Exception:  # a failed look at the processes must not end the watch
+                    log.exception("heartbeat.look_failed")
+            await self._on_hang(reason)
+        finally:
+            if self._probing is not None:
+                self._probing.cancel()
 
     async def look(self) -> str | None:
         """One look at each rank; the first that hangs."""
         loads = self._loads.by_rank
         reasons = [await self._look_at(rank, load, alone=len(loads) == 1) for rank, load in loads.items()]
+        if self._probing is None and not self._loads.asleep and any(heartbeat.in_doubt for heartbeat in self._heartbeats.values()):
+            self._ask()
         return next((reason for reason in reasons if reason), None)
+
+    def _ask(self) -> None:
+        if self.probe is not None:
+            log.warning("heartbeat.probe: the engine fell silent and lost its work; it is asked for one token")
+            self._probing = asyncio.ensure_future(self.probe())
+            self._probing.add_done_callback(self._probed)
+
+    def _probed(self, probing: "asyncio.Future[None]") -> None:
+        """One that fails says nothing of hanging; while the doubt lasts there is another."""
+        self._probing = None
+        if not probing.cancelled() and probing.exception() is not None:
+            log.warning("heartbeat.probe_failed: %r", probing.exception())
 
     async def _look_at(self, rank: int, load: EngineLoad, *, alone: bool) -> str | None:
         """Processor time is read, off the loop, only of a rank that stands still."""

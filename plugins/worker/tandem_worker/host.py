@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,10 @@ class EngineHost:
     def state(self, state: WorkerState) -> None:
         self._state = state
         self._presence.follow(state)
+
+    def probe_with(self, probe: Callable[[], Awaitable[None]]) -> None:
+        """How an engine is asked whether it still computes. Before `start`."""
+        self._hang_watch.probe = probe
 
     def announce(self, presence: Presence) -> None:
         """Discovery follows the worker's state from now on, until `shutdown`. Called on the event loop."""
@@ -286,15 +290,26 @@ class EngineHost:
         return self._stopping or self.state in {WorkerState.DEAD, WorkerState.HUNG, WorkerState.STOPPED}
 
     async def _hangs(self, reason: str) -> None:
-        """Fails what is in flight, so that it moves to other workers; prints stacks; ends the server, as for a death."""
+        """As for a death, with the stacks printed before."""
+        if self._give_up(WorkerState.HUNG, f"engine.hangs: {reason}", reason):
+            for process in await asyncio.to_thread(dump_stacks):
+                log.error("engine.process %s", process)
+            await asyncio.sleep(_DUMP_S)
+            self._on_engine_death()
+
+    async def lose(self, reason: str) -> None:
+        """The engine, or a part of it that isn't here, is gone: ends the server, as for a death. On the event loop."""
+        if self._give_up(WorkerState.DEAD, f"engine.lost: {reason}", reason):
+            await asyncio.sleep(_DUMP_S)
+            self._on_engine_death()
+
+    def _give_up(self, state: WorkerState, event: str, reason: str) -> bool:
+        """Fails what is in flight, so that it moves to other workers; False if that is no news any more."""
         if self._lost:
-            return
+            return False
         self._reason = reason
-        self.state = WorkerState.HUNG
-        log.error("engine.hangs: %s; requests in flight get UNAVAILABLE and the server exits", reason)
+        self.state = state
+        log.error("%s; requests in flight get UNAVAILABLE and the server exits", event)
         for active in tuple(self._active.values()):
             self._cancel(active, UnavailableError(f"{reason}: retry on another worker or after its restart"))
-        for process in await asyncio.to_thread(dump_stacks):
-            log.error("engine.process %s", process)
-        await asyncio.sleep(_DUMP_S)
-        self._on_engine_death()
+        return True

@@ -3,7 +3,8 @@
 
 One worker holds several ranks (`data_parallel_size`), each an EngineCore with a scheduler, a KV cache and an event stream of its own.
 Over several hosts each worker serves the ranks of its host (`data_parallel_hybrid_lb`), or one rank each (`data_parallel_rank`, which
-vLLM has for mixtures of experts only). Ranks are numbered over the whole deployment.
+vLLM has for mixtures of experts only); or one of them, the leader, serves all, and the others follow it (`headless`). Ranks are numbered
+over the whole deployment.
 """
 
 from collections.abc import Mapping
@@ -13,16 +14,16 @@ from typing import Any
 from tandem_protocol.errors import ConfigError
 
 HEADLESS = "headless"
-NO_HEADLESS = ("a worker without endpoints is not served: give each host its own with --data-parallel-hybrid-lb, "
-               "--data-parallel-size-local and --data-parallel-start-rank, and let the router choose among them")
 
 
 @dataclass(frozen=True)
 class LocalRanks:
-    """The ranks that one worker serves."""
+    """The ranks that one worker runs on its host."""
 
     first: int = 0
     count: int = 1
+    remote: int = 0
+    """Of a leader: how many ranks after these its followers run, which it serves, too."""
 
     def first_port(self, port: int, worker_index: int) -> int:
         """What vLLM is to be told as port of rank 0, to which it adds the rank: so that a host's workers use consecutive ports."""
@@ -37,17 +38,22 @@ class LocalRanks:
 def local_ranks(arguments: Mapping[str, Any]) -> LocalRanks:
     """Raises ConfigError for what contradicts itself, or would wait for engines that nobody starts."""
     size, local = _positive(arguments, "data_parallel_size") or 1, _positive(arguments, "data_parallel_size_local")
-    _refuse_foreign(arguments)
+    _refuse_ray(arguments)
     rank, start = _rank(arguments, "data_parallel_rank", size), _rank(arguments, "data_parallel_start_rank", size)
+    if arguments.get(HEADLESS):
+        return _of_a_follower(arguments, start, local, size)
     if rank is not None:
         return LocalRanks(rank, 1)
     if arguments.get("data_parallel_external_lb"):
         raise ConfigError("data_parallel_external_lb needs data_parallel_rank: which of the ranks this worker is")
     if arguments.get("data_parallel_hybrid_lb") or start is not None:
         return _of_this_host(start or 0, local, size)
-    if local not in (None, size):
-        raise ConfigError(f"data_parallel_size_local {local} of {size} leaves ranks to engines without endpoints: {NO_HEADLESS}")
-    return LocalRanks(0, size)
+    if local is None or local == size:
+        return LocalRanks(0, size)
+    _need_address(arguments)
+    if local > size:
+        raise ConfigError(f"data_parallel_size_local {local} is more than data_parallel_size {size}: lower it")
+    return LocalRanks(0, local, size - local)
 
 
 def engine_processes(arguments: Mapping[str, Any]) -> int:
@@ -70,6 +76,24 @@ def check_cores(cores: str, arguments: Mapping[str, Any]) -> None:
                           "give one group each, with | between, e.g. 0|1")
 
 
+def _of_a_follower(arguments: Mapping[str, Any], start: int | None, local: int | None, size: int) -> LocalRanks:
+    others = {"data_parallel_hybrid_lb": False, "data_parallel_external_lb": False, "data_parallel_rank": None, "nnodes": 1}
+    for name, absent in others.items():
+        if arguments.get(name) not in (None, absent):
+            raise ConfigError(f"{HEADLESS} and {name} exclude each other: a follower's ranks are those from data_parallel_start_rank on")
+    if not start or local is None:
+        raise ConfigError(f"{HEADLESS} needs data_parallel_size_local and data_parallel_start_rank (above 0, which is the leader's): "
+                          "which of the ranks are on this host")
+    _need_address(arguments)
+    return _of_this_host(start, local, size)
+
+
+def _need_address(arguments: Mapping[str, Any]) -> None:
+    if not arguments.get("data_parallel_address") or not arguments.get("data_parallel_rpc_port"):
+        raise ConfigError("a leader and its followers meet at data_parallel_address (the leader's) and data_parallel_rpc_port: give both "
+                          "the same two; or give each host endpoints of its own with data_parallel_hybrid_lb")
+
+
 def _of_this_host(start: int, local: int | None, size: int) -> LocalRanks:
     if local is None:
         raise ConfigError("data_parallel_hybrid_lb needs data_parallel_size_local: how many of the ranks are on this host")
@@ -79,9 +103,7 @@ def _of_this_host(start: int, local: int | None, size: int) -> LocalRanks:
     return LocalRanks(start, local)
 
 
-def _refuse_foreign(arguments: Mapping[str, Any]) -> None:
-    if arguments.get(HEADLESS):
-        raise ConfigError(f"{HEADLESS}: {NO_HEADLESS}")
+def _refuse_ray(arguments: Mapping[str, Any]) -> None:
     backend = arguments.get("data_parallel_backend") or "mp"
     if backend != "mp":
         raise ConfigError(f"data_parallel_backend {backend!r}: its processes are not this worker's, who could not end them; leave it out")

@@ -8,7 +8,9 @@ what fails is logged once, counted, and tried again.
 import asyncio
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -55,11 +57,14 @@ class WorkerNames:
     loras: tuple[str, ...] = ()
 
 
-def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, ranks: tuple[int, ...] = (0,)) -> WorkerRecord:
+def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, ranks: tuple[int, ...] = (0,),
+                 elsewhere: Mapping[int, EventSource] = MappingProxyType({})) -> WorkerRecord:
     """The record of a ready worker; `config` is the engine's own VllmConfig, after its engine cores have started.
 
-    `ranks`: those that it serves here. vLLM has added up their blocks by then.
+    `ranks`: those that it serves. vLLM has added up their blocks by then. `elsewhere`: the events of those that other hosts run.
     """
+    here = tuple(rank for rank in ranks if rank not in elsewhere)
+    sources = _event_sources(config.kv_events_config, here, reachable_host(settings), settings.effective_consolidated_port)
     return WorkerRecord(
         id=f"{names.triton_model}-{names.start_token}",
         role=settings.effective_role,
@@ -68,7 +73,7 @@ def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, rank
         grpc_url=settings.grpc_url,
         triton_model=names.triton_model,
         admin_url=_admin_url(settings, names.admin_port),
-        event_sources=_event_sources(config.kv_events_config, ranks, reachable_host(settings), settings.effective_consolidated_port),
+        event_sources=(*sources, *elsewhere.values()),
         block_size=int(config.cache_config.block_size),
         total_blocks=int(config.cache_config.num_gpu_blocks or 0),
         max_num_seqs=int(config.scheduler_config.max_num_seqs),

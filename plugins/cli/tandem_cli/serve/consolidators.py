@@ -40,10 +40,10 @@ def plan_sidecars(workers: Sequence[WorkerSettings], arguments: Mapping[str, Any
     """One for each worker that wants one. Raises ConfigError.
 
     None if the engine's events are configured by hand, or the caller's environment says that somebody else consolidates; and none
-    for ranks that begin above 0, since a consolidator counts them from there.
+    for ranks that begin above 0 or are followers', since a consolidator counts this host's, from 0.
     """
     ranks = local_ranks(arguments)
-    if arguments.get("kv_events_config") is not None or environment.get(CONSOLIDATED_PORT_VARIABLE) or ranks.first:
+    if arguments.get("kv_events_config") is not None or environment.get(CONSOLIDATED_PORT_VARIABLE) or ranks.first or ranks.remote:
         return ()
     caching = arguments.get("enable_prefix_caching") is not False
     settings = load_settings({}, environment)

@@ -56,7 +56,7 @@ def _value(text: str) -> Any:
 
 def _check_known(name: str) -> None:
     known = known_engine_arguments()
-    if known and name not in known and name != HEADLESS:  # which is refused by name, with a reason
+    if known and name not in known and name != HEADLESS:  # which is an option of `vllm serve` only
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "see vLLM's engine arguments"
         raise ConfigError(f"unknown argument --{name.replace('_', '-')}: {hint}")
