@@ -33,6 +33,12 @@ def _host_and_port(text: str) -> str:
     return text
 
 
+def _http_url(text: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise ValueError("expected a URL like http://host:8081")
+    return text
+
+
 def _port_or_off(text: str) -> int:
     port = int(text)
     if port != -1 and not 0 <= port <= HIGHEST_PORT:
@@ -193,6 +199,14 @@ class WorkerSettings:
     checkpoint_timeout_s: float = setting(
         env="TANDEM_CHECKPOINT_TIMEOUT_S", default=600.0, parse=parse_float(1, 86_400), unit="s", flag=False,
         help="How long a worker that can be dumped is held; below the bound on a server's start (`--start-timeout`).",
+    )
+    leader_url: str = setting(
+        env="TANDEM_LEADER_URL", default="", parse=_http_url,
+        help="Of a follower (--headless): the admin server of its leader. Empty: --data-parallel-address, at this worker's own admin port.",
+    )
+    leader_timeout_s: float = setting(
+        env="TANDEM_LEADER_TIMEOUT_S", default=900.0, parse=parse_float(1, 86_400), unit="s",
+        help="How long a follower looks for its leader, whose admin server answers once all engines run; then it gives up.",
     )
     max_queued_requests: int = setting(
         env="TANDEM_MAX_QUEUED_REQUESTS", default=4096, parse=parse_int(1, 1_000_000), unit="requests",

@@ -27,12 +27,20 @@ def detect_platform() -> Platform:
 def build_engine(arguments: EngineArguments, loads: EngineLoads) -> AsyncLLM:
     """Starts an engine; blocks for as long as that takes. Raises ConfigError for arguments that vLLM refuses."""
     try:
-        engine_args = AsyncEngineArgs(**_typed(arguments))
+        engine_args = AsyncEngineArgs(**typed(arguments))
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError, RuntimeError) as exc:
-        raise ConfigError(f"vLLM refuses the engine arguments: {_first_line(exc)}") from exc
+        raise ConfigError(f"vLLM refuses the engine arguments: {first_line(exc)}") from exc
+    _refuse_lonely_ranks(config)
     return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[_load_logger(loads)],
                                      enable_log_requests=False, disable_log_stats=False)
+
+
+def _refuse_lonely_ranks(config: Any) -> None:
+    """vLLM refuses one rank of a dense model per host where it is asked for by its number, and dies of an assertion where it is not."""
+    if config.parallel_config.data_parallel_external_lb and not config.model_config.is_moe:
+        raise ConfigError("vLLM has no single data-parallel rank of a dense model per host: give this host several "
+                          "(data_parallel_size_local), or start a worker without data_parallel_* here, which routers take as well")
 
 
 def sleep_abilities(engine: AsyncLLM) -> Abilities:
@@ -45,17 +53,18 @@ def sleep_abilities(engine: AsyncLLM) -> Abilities:
     return Abilities(refusal, discardable=engine.vllm_config.lora_config is None)
 
 
-def _typed(arguments: EngineArguments) -> dict[str, Any]:
+def typed(arguments: EngineArguments) -> dict[str, Any]:
     """model.json holds plain JSON; vLLM wants its own classes for nested configuration."""
-    typed = dict(arguments)
+    given = dict(arguments)
     for name, cls in (("kv_transfer_config", KVTransferConfig), ("kv_events_config", KVEventsConfig),
                       ("ec_transfer_config", ECTransferConfig)):
-        if isinstance(typed.get(name), dict):
-            typed[name] = cls(**typed[name])
-    return typed
+        if isinstance(given.get(name), dict):
+            given[name] = cls(**given[name])
+    return given
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """What vLLM has to say, without its traceback."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(exc).__name__
 

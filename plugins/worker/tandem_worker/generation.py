@@ -68,7 +68,7 @@ class Generator:
         except asyncio.CancelledError:
             raise
         except Exception as exc:  # the root of the task: an uncaught error would leave the client waiting for ever
-            stream.fail(_translate(exc))
+            stream.fail(_translate(exc, dead=self.engine.errored))
         finally:
             await leg.release()
 
@@ -240,7 +240,8 @@ class _Leg:
             log.exception("handoff.release_failed request_id=%s", self.request.request_id)
 
 
-def _translate(exc: Exception) -> TandemError:
+def _translate(exc: Exception, *, dead: bool) -> TandemError:
+    """`dead`: with the client side of an engine all its requests fail at once, with whatever killed it; another worker can go on."""
     if isinstance(exc, TandemError):
         return exc
     if isinstance(exc, GracefulHTTPError):  # vLLM's own admission control
@@ -248,6 +249,8 @@ def _translate(exc: Exception) -> TandemError:
     if isinstance(exc, VLLMClientError | ValueError | TypeError | OverflowError):
         return RequestError(str(exc) or type(exc).__name__)
     log.error("request.failed", exc_info=exc)
+    if dead:
+        return UnavailableError(f"the engine of this worker died of {type(exc).__name__}: {exc}; retry on another worker")
     return EngineError(f"the engine failed on this request: {type(exc).__name__}: {exc}")
 
 

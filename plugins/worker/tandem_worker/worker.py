@@ -5,22 +5,16 @@ import functools
 import json
 import logging
 import os
-import shutil
 import signal
-import subprocess
-import tempfile
 import time
-import uuid
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
 
-from tandem_protocol import logs
 from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import ConfigError
-from tandem_protocol.guard import say_goodbye
 from tandem_protocol.spans import open_spans
 from tandem_worker.admin import AdminServer
 from tandem_worker.canary import Canary, Patience, canary_request
@@ -28,8 +22,8 @@ from tandem_worker.checkpoint import CheckpointPlan, Lifecycle, Outcome, plan_ch
 from tandem_worker.config import WorkerSettings
 from tandem_worker.encode.config import embedding_transfer
 from tandem_worker.encode.config import load_settings as load_embedding_settings
-from tandem_worker.environment import engine_environment, metrics_folder, overridable
-from tandem_worker.guard import Ward, start_guard
+from tandem_worker.environment import metrics_folder
+from tandem_worker.followers.leader import Followers
 from tandem_worker.host import EngineHost
 from tandem_worker.images.config import load_settings as load_image_settings
 from tandem_worker.images.reader import ImageReader
@@ -39,20 +33,23 @@ from tandem_worker.lora.routes import lora_routes
 from tandem_worker.metrics.component import WorkerMetrics, engine_figures
 from tandem_worker.metrics.exposition import Exposition
 from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
-from tandem_worker.ranks import local_ranks
+from tandem_worker.ranks import HEADLESS, LocalRanks, local_ranks
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
 from tandem_worker.shared_memory import sweep_host_tiers
 from tandem_worker.sleep import SleepCycle
 from tandem_worker.sleep_admin import SleepRoutes
 from tandem_worker.stacks import engine_cpu_s
+from tandem_worker.status import WorkerState
+from tandem_worker.surroundings import Surroundings
 from tandem_worker.triton_models import TritonModels
 
 log = logging.getLogger(__name__)
 
 _ADMIN_TIMEOUT_S = 10.0
 _ANNOUNCE_TIMEOUT_S = 10.0
-_GOODBYE_TIMEOUT_S = 5.0
+_FOLLOWERS_TIMEOUT_S = 60.0
+"""From the start of all engines, those of followers among them, until these have found the admin port, which they try every second."""
 
 
 class Worker:
@@ -68,12 +65,11 @@ class Worker:
         self._model_name = model_name
         self._model_dir = model_dir
         self._server_pid = os.getppid()
-        self._scratch = Path(tempfile.mkdtemp(prefix="tandem-"))
-        metrics_folder(self._scratch).mkdir()
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._surroundings = Surroundings(settings)
         self._admin: AdminServer | None = None
         self._sleep: SleepCycle | None = None
         self._canary: Future[None] | None = None
+        self._followers = Followers(LocalRanks(), settings.hang_timeout_s, self._lose)
         self._triton_models = TritonModels(settings.grpc_url)
 
     def start(self) -> EngineHost | None:
@@ -86,12 +82,7 @@ class Worker:
         if plan is not None and plan.exists:
             self._end_after_checkpoint("exists already")
             return None
-        token = uuid.uuid4().hex
-        for name, value in overridable(self.settings).items():
-            os.environ.setdefault(name, value)
-        os.environ.update(self._engine_logging())
-        os.environ.update(self._environment(token))
-        self._guard = start_guard(Ward(self._server_pid, os.getpid(), token, self._scratch, self.settings.server_exit_timeout_s))
+        self._surroundings.enter(self._given_arguments(), self._server_pid)
         self.host = self._build_host()
         self.host.start()
         self._sleep = self._sleep_cycle(self.host)
@@ -101,14 +92,16 @@ class Worker:
         if self.settings.health_check_enabled:
             self._canary = self.host.run(self._watch_with_canary(self.host))
         admin_port = self._start_admin(self.host, self._sleep) if self.settings.effective_admin_port >= 0 else -1
+        self.host.run(self._followers.complete(_FOLLOWERS_TIMEOUT_S)).result()
         if self.settings.discovery:
-            self.host.run(self._announce(self.host, token, admin_port)).result(_ANNOUNCE_TIMEOUT_S)
+            self.host.run(self._announce(self.host, self._surroundings.token, admin_port)).result(_ANNOUNCE_TIMEOUT_S)
         log.info("worker.ready model=%s role=%s seconds=%.1f", self._model_name, self.settings.effective_role, time.monotonic() - started)
         return self.host
 
     def stop(self) -> None:
         """Drains within its bound, shuts the engine down, removes what is left."""
         if self.host is not None:
+            self.host.run(self._leave_followers(self.host)).result(self.settings.drain_timeout_s + _ADMIN_TIMEOUT_S)
             if self._admin is not None:
                 self.host.run(self._stop_admin(self._admin)).result(_ADMIN_TIMEOUT_S)
             if self._canary is not None:
@@ -118,18 +111,18 @@ class Worker:
             self.host.shutdown()
             adapters.release()
             self.host.generator.images.close()
-        if self._guard is not None:
-            say_goodbye(self._guard, _GOODBYE_TIMEOUT_S)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._surroundings.leave()
 
-    def _environment(self, token: str) -> dict[str, str]:
-        ranks = local_ranks(self._given_arguments())
-        return engine_environment(self.settings, token=token, stub_pid=os.getpid(), scratch=self._scratch, ranks=ranks)
+    async def _leave_followers(self, host: EngineHost) -> None:
+        """They end when they are left, and their ranks with them: so after the drain."""
+        if self._followers.awaited:
+            failed = host.state in {WorkerState.DEAD, WorkerState.HUNG}
+            await host.drain(self.settings.drain_timeout_s)
+            await self._followers.close(failed=failed)
 
-    def _engine_logging(self) -> dict[str, str]:
-        """vLLM's lines have our format and its own filter, unless its own variables say otherwise."""
-        variables = logs.engine_variables(logs.load_settings(), self._scratch / "logging.json")
-        return {name: value for name, value in variables.items() if name not in os.environ}
+    async def _lose(self, reason: str) -> None:
+        if self.host is not None:
+            await self.host.lose(reason)
 
     def _build_host(self) -> EngineHost:
         # vLLM reads its environment on import, so it may be imported only now.
@@ -142,7 +135,10 @@ class Worker:
         for path in sweep_host_tiers():
             log.warning("shm.swept path=%s: the host tier of an engine that was killed", path)
         platform = detect_platform()
-        arguments = complete(self._given_arguments(), self.settings, platform)
+        given = self._given_arguments()
+        if given.get(HEADLESS):
+            raise ConfigError("headless ranks have no endpoints, so they are no Triton model: run them by `tandem serve --headless`")
+        arguments = complete(given, self.settings, platform)
         if arguments.get("ec_transfer_config") is None:
             arguments["ec_transfer_config"] = embedding_transfer(load_embedding_settings(), self.settings.effective_role)
         if platform.is_cpu:
@@ -153,10 +149,12 @@ class Worker:
         engine = build_engine(arguments, loads)
         load_time_s = time.monotonic() - started
         adapters = build_adapters(engine, self.settings, listed)
-        cpu_s = functools.partial(engine_cpu_s, is_cpu=platform.is_cpu)
+        self._followers = Followers(local_ranks(arguments), self.settings.hang_timeout_s, self._lose)
+        cpu_s = self._followers.beside(functools.partial(engine_cpu_s, is_cpu=platform.is_cpu))
         generator = Generator(engine, self.settings, loads, adapters, ImageReader(load_image_settings()))
         host = EngineHost(generator, self.settings, self._end_server, cpu_s, self.metrics.stream,
                           self._spans)
+        host.probe_with(functools.partial(self._send_canary, host))
         self.metrics.follow(functools.partial(engine_figures, host, load_time_s))
         self.exposition = self._expose(engine.vllm_config.model_config)
         adapters.rest_while(lambda: "" if host.state in CHANGEABLE else host.state)
@@ -167,7 +165,7 @@ class Worker:
         served = names[0] if isinstance(names, list) else names
         ours = dynamo_labels(self.settings.namespace, self.settings.effective_role, str(model.model), str(served or model.model))
         labels = Labels(ours, parse_labels(self.settings.metrics_labels))
-        return Exposition((REGISTRY, self.metrics.registry), metrics_folder(self._scratch), labels)
+        return Exposition((REGISTRY, self.metrics.registry), metrics_folder(self._surroundings.scratch), labels)
 
     def _given_arguments(self) -> dict[str, Any]:
         path = self._model_dir / "model.json"
@@ -203,7 +201,7 @@ class Worker:
     def _start_admin(self, host: EngineHost, cycle: SleepCycle) -> int:
         sleep = SleepRoutes(cycle, self.settings.sleep_mode_level, self.settings.drain_timeout_s)
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
-                                  (*sleep.routes(), *lora_routes(host.generator.adapters)),
+                                  (*sleep.routes(), *lora_routes(host.generator.adapters), *self._followers.routes()),
                                   self.exposition.text)
         port = host.run(self._admin.start(self.settings.admin_host, self.settings.effective_admin_port)).result(_ADMIN_TIMEOUT_S)
         log.info("admin.listening model=%s url=http://%s:%d", self._model_name, self.settings.admin_host, port)
@@ -230,7 +228,8 @@ class Worker:
     async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
         names = WorkerNames(self._model_name, token, admin_port, host.generator.adapters.names)
-        record = build_record(self.settings, names, host.generator.engine.vllm_config, tuple(host.generator.loads.by_rank))
+        ranks, elsewhere = tuple(host.generator.loads.by_rank), self._followers.event_sources()
+        record = build_record(self.settings, names, host.generator.engine.vllm_config, ranks, elsewhere)
         presence = RegisteredPresence(open_discovery(self.settings.discovery), record)
         host.announce(presence)
         host.generator.adapters.follow(presence.carry)

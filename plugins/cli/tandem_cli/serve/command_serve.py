@@ -23,6 +23,7 @@ from tandem_cli.serve.command_stop import stop_run
 from tandem_cli.serve.consolidators import Sidecar, plan_sidecars, start_sidecars, workers_environment
 from tandem_cli.serve.embedded_model import embedded_model
 from tandem_cli.serve.fleet import ROUTER, Fleet, Hardware, WorkerPlan, plan_fleet
+from tandem_cli.serve.headless import FOLLOWER, follower_options, start_follower, wait_until_tied
 from tandem_cli.serve.layout import RunFolder, run_folder, source_root
 from tandem_cli.serve.options import KV_SPACE_GIB, KV_SPACE_VARIABLE, ServeOptions, parse_options
 from tandem_cli.serve.preflight import GIB, Port, check_memory, check_model, check_ports, check_shared_memory, detect_hardware
@@ -38,9 +39,10 @@ from tandem_worker.arguments import REPLAY_PORT_OFFSET
 from tandem_worker.config import WorkerSettings, load_settings
 from tandem_worker.connectors import parse_connectors, transfer_config
 from tandem_worker.encode.config import EMBEDDING_FOLDER
-from tandem_worker.ranks import local_ranks
+from tandem_worker.ranks import HEADLESS, local_ranks
 
 _FOLLOW_POLL_S = 0.2
+_EXIT_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs `tandem serve`; 0 when it was stopped, 1 when the server failed."""
     options = parse_options(args)
+    headless = bool(options.engine_arguments.get(HEADLESS))
+    options = follower_options(options) if headless else options
     folder = run_folder(options.http_port)
     _refuse_second_run(folder)
     hardware = detect_hardware()
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(there, flush=True)
         return 0
     check_tiers(settings, {**os.environ, **options.environment})
+    if headless:
+        return _follow_a_leader(options, fleet, settings[0], folder, hardware)
     routers = _router_ports(options)
     sidecars = plan_sidecars(settings, options.engine_arguments, {**os.environ, **options.environment}, folder)
     check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers),
@@ -92,6 +98,33 @@ def _serve(state: RunState, folder: RunFolder, options: ServeOptions) -> int:
             stop_run(folder)
 
 
+def _follow_a_leader(options: ServeOptions, fleet: Fleet, settings: WorkerSettings, folder: RunFolder, hardware: Hardware) -> int:
+    if settings.effective_admin_port <= 0:
+        raise ConfigError("a follower is asked at its admin port whether it lives: set --admin-port")
+    check_ports(_worker_ports(options, [settings]))
+    if options.model:
+        check_model(options.model)
+    options = replace(options, model=options.model or str(embedded_model()))
+    run_id = uuid.uuid4().hex
+    environment = {**os.environ, **_environment(options, fleet, hardware), RUN_ID_VARIABLE: run_id}
+    url = f"http://{settings.admin_host}:{settings.effective_admin_port}"
+    state, process = start_follower(fleet.workers[0], url, options, folder, environment, run_id)
+    ready = False
+    try:
+        wait_until_tied(state, folder.log, options.start_timeout_s)
+        ready = True
+        print(f"ready: it follows its leader\n  admin    {url}\n  log      {folder.log}", flush=True)
+        return 0 if options.detach else _follow(state, folder)
+    except EngineError:
+        if not ready or process.wait(_EXIT_S) != 0:
+            raise
+    finally:
+        if not (ready and options.detach):
+            stop_run(folder)
+    print("its leader was told to end, and so it ended", flush=True)
+    return 0
+
+
 def _refuse_second_run(folder: RunFolder) -> None:
     state = read_state(folder)
     if state is not None and state.is_running():
@@ -117,6 +150,11 @@ def _ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
         Port(options.grpc_port, "gRPC", "--grpc-port"),
         Port(options.metrics_port, "metrics", "--metrics-port"),
     ]
+    return ports + _worker_ports(options, settings)
+
+
+def _worker_ports(options: ServeOptions, settings: list[WorkerSettings]) -> list[Port]:
+    ports: list[Port] = []
     ranks = local_ranks(options.engine_arguments)
     for worker in settings:
         if worker.effective_admin_port > 0:
@@ -201,7 +239,8 @@ def _follow(state: RunState, folder: RunFolder) -> int:
             sys.stdout.flush()
             time.sleep(_FOLLOW_POLL_S)
     if not stopping:
-        raise EngineError(f"tritonserver ended by itself; the end of {folder.log}:\n{tail(folder.log.read_text(errors='replace'))}")
+        what = f"the {FOLLOWER}" if FOLLOWER in state.admin_urls else "tritonserver"
+        raise EngineError(f"{what} ended by itself; the end of {folder.log}:\n{tail(folder.log.read_text(errors='replace'))}")
     print("stopping ...", file=sys.stderr, flush=True)
     return 0
 
