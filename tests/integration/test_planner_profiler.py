@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ SPEEDUP = 0.2
 CUT_AFTER_S = 2.0
 """In the middle of the prompts: a whole profile of this grid takes several times as long."""
 TIMEOUT_S = 500
-STARTED_NOTHING_S = 20.0
-"""A start of an engine takes longer, on any machine of ours."""
 
 
 @contextlib.contextmanager
@@ -114,8 +111,8 @@ def test_engines_are_started_measured_and_ended_and_what_does_not_start_is_left_
     assert read_profile(out).prefill is not None
     assert list((out / "plots").glob("*.svg"))
     assert not list((out / "tp1" / "run").glob("*/state.json"))
-    assert not [process for process in psutil.process_iter() if str(out) in " ".join(process.cmdline())]
-    began = time.monotonic()
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(out) in " ".join(process.info["cmdline"] or ())]
+    started_at = (out / "tp1" / "serve.log").stat().st_mtime_ns
     again = profile(out, "--model", str(tiny_model), "--tp", "1", *sizes, *grid)
     assert again["recommendation"] == told["recommendation"]
-    assert time.monotonic() - began < STARTED_NOTHING_S
+    assert (out / "tp1" / "serve.log").stat().st_mtime_ns == started_at
