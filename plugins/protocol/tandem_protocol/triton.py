@@ -74,14 +74,17 @@ def envelope(request: Any, parameters: Mapping[str, Any]) -> Envelope:
     return Envelope(request_id, own, priority, request.timeout(), trace)
 
 
-def take_all(requests: Iterable[Any], take: Callable[[Any, "TritonSink"], None]) -> None:
-    """Hands every request of a batch over with its sink; what `take` raises is that request's answer and disturbs no other."""
+def take_all(requests: Iterable[Any], take: Callable[[Any, "TritonSink"], None], *, decoupled: bool = True) -> None:
+    """Hands every request of a batch over with its sink; what `take` raises is that request's answer and disturbs no other.
+
+    `decoupled`: as the model is declared.
+    """
     for request in requests:
-        contextvars.copy_context().run(_take, request, take)  # what is bound for one request's logs is not about the next
+        contextvars.copy_context().run(_take, request, take, decoupled)  # what is bound for one request's logs is not about the next
 
 
-def _take(request: Any, take: Callable[[Any, "TritonSink"], None]) -> None:
-    sink = TritonSink(request.get_response_sender())
+def _take(request: Any, take: Callable[[Any, "TritonSink"], None], decoupled: bool) -> None:
+    sink = TritonSink(request.get_response_sender(), decoupled=decoupled)
     try:
         take(request, sink)
     except TandemError as exc:
@@ -152,11 +155,13 @@ class TritonSink:
     The end of a good stream is sent by itself, so that a client that cancels when it has its last tokens doesn't do so between the final
     response and the end of its stream: 2.51's frontend then waits for a response that already came, keeps the request, and the model can
     never be unloaded. An error carries the end: where a client asked for true statuses (`triton_grpc_error`) the error ends its stream,
-    and an end that comes later meets a stream that 2.51 has freed.
+    and an end that comes later meets a stream that 2.51 has freed. The one response of a model that is not decoupled carries the end, too:
+    its call has no place for another message.
     """
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, *, decoupled: bool = True) -> None:
         self._sender = sender
+        self._decoupled = decoupled
         self._lock = threading.Lock()
         self._closed = False
         self._answered = False
@@ -166,8 +171,11 @@ class TritonSink:
 
         An end without arrays is no response of its own after others: HTTP's `generate` takes exactly one.
         """
+        if not self._decoupled:
+            self._close(_response(arrays))
+            return
         if arrays or not (final and self._answered):
-            self._sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()]))
+            self._sender.send(_response(arrays))
             self._answered = True
         if final:
             with self._lock:
@@ -188,3 +196,7 @@ class TritonSink:
         with self._lock:
             self._closed = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _response(arrays: Arrays) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])

@@ -56,7 +56,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request over; answers come through the response senders."""
-        triton.take_all(requests, self._submit)
+        triton.take_all(requests, self._submit, decoupled=tensors.is_decoupled(self._role))
 
     def finalize(self) -> None:
         """Drains, shuts down, leaves nothing behind."""

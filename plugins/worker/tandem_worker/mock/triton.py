@@ -43,7 +43,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request over."""
-        triton.take_all(requests, self._submit)
+        triton.take_all(requests, self._submit, decoupled=tensors.is_decoupled(self._role))
 
     def finalize(self) -> None:
         """Leaves discovery and ends."""
