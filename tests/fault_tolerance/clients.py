@@ -23,6 +23,8 @@ from tandem_router.overrides import Overrides
 
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
 """A server that is back is found at once; gRPC's own backoff grows to two minutes."""
+_SHUNNED_S = 5.0
+"""After a failure a router gets nothing for so long, as with any load balancer's passive health check."""
 _SAMPLING = {"temperature": 0, "ignore_eos": True}
 
 
@@ -42,17 +44,28 @@ class GrpcFront:
 
     fleet: Fleet
     _clients: dict[str, Any] = field(default_factory=dict)
+    _shunned: dict[str, float] = field(default_factory=dict)
+    """Until when."""
 
     async def ask(self, start: int, prompt: list[int], tokens: int) -> AsyncIterator[list[int]]:
         """As Front says."""
-        urls = self.fleet.urls
-        url = urls[start % len(urls)]
+        url, whole = self._choose(start), False
         if url not in self._clients:
             self._clients[url] = grpcclient.InferenceServerClient(url, channel_args=_CHANNEL)
         call = Call("router", prompt, {**_SAMPLING, "max_tokens": tokens}, returns=("output_ids",))
-        async with aclosing(responses(self._clients[url], call)) as answers:  # type: ignore[type-var]
-            async for answer in answers:
-                yield answer.get("output_ids", [])
+        try:
+            async with aclosing(responses(self._clients[url], call)) as answers:  # type: ignore[type-var]
+                async for answer in answers:
+                    yield answer.get("output_ids", [])
+            whole = True
+        finally:
+            if not whole:
+                self._shunned[url] = time.monotonic() + _SHUNNED_S
+
+    def _choose(self, start: int) -> str:
+        now, known = time.monotonic(), self.fleet.urls
+        urls = [url for url in known if self._shunned.get(url, now) <= now] or known
+        return urls[start % len(urls)]
 
     async def close(self) -> None:
         """As Front says."""

@@ -23,8 +23,6 @@ from tandem_cli.serve.repository import write_repository
 
 MOCK_CONTEXT, REAL_CONTEXT = 512, 1024
 """Tokens that a model takes at most."""
-_SPEED = ("--speedup", "0.2", "--max-model-len", str(MOCK_CONTEXT))
-_LIGHT_SPEED = ("--speedup", "2", "--max-model-len", str(MOCK_CONTEXT))
 REAL_START_S = 480.0
 """Of several engines that share a busy core."""
 _PORTS = 20
@@ -200,7 +198,9 @@ def _build(fleet: Fleet, model: Path | None) -> None:
 
 
 def _build_light(fleet: Fleet, discovery: str, ports: Iterator[int]) -> None:
-    _add_processes(fleet, discovery, ports, _LIGHT_SPEED)
+    for role, count in (("aggregated", fleet.plan.aggregated), ("prefill", fleet.plan.prefill), ("decode", fleet.plan.decode)):
+        for number in range(count):
+            _add_process(fleet, f"{'worker' if role == 'aggregated' else role}-{number}", role, discovery, next(ports))
     fleet.local = fleet.stack.enter_context(router(discovery, len(fleet.expected), embedded_model(), **_routing(fleet.plan)))
 
 
@@ -210,6 +210,10 @@ def _routing(plan: Plan) -> dict[str, str]:
             "TANDEM_ROUTER_FIRST_TOKEN_TIMEOUT_S": f"{first:g}", "TANDEM_ROUTER_PREFILL_TIMEOUT_S": f"{prefill:g}",
             "TANDEM_ROUTER_TRANSFER_TIMEOUT_S": f"{prefill:g}",
             "DYN_ROUTER_REPLICA_SYNC": str(plan.routers > 1).lower(), "TANDEM_SERVER_EXIT_TIMEOUT_S": "5"}
+
+
+def _engine(plan: Plan) -> tuple[str, ...]:
+    return "--speedup", f"{plan.speedup:g}", "--max-model-len", str(MOCK_CONTEXT)
 
 
 def _router(fleet: Fleet, number: int, first: int, discovery: str, model: str) -> RouterPart:
@@ -223,14 +227,6 @@ def _router(fleet: Fleet, number: int, first: int, discovery: str, model: str) -
 def _add_mocks(fleet: Fleet, discovery: str, ports: Iterator[int]) -> None:
     for number in range(fleet.plan.aggregated):
         _add_mock_worker(fleet, f"worker-{number}", discovery, next(ports))
-    _add_processes(fleet, discovery, ports, _SPEED, aggregated=0)
-
-
-def _add_processes(fleet: Fleet, discovery: str, ports: Iterator[int], speed: tuple[str, ...], **instead: int) -> None:
-    counts = {"aggregated": fleet.plan.aggregated, "prefill": fleet.plan.prefill, "decode": fleet.plan.decode} | instead
-    for role, count in counts.items():
-        for number in range(count):
-            _add_process(fleet, f"{'worker' if role == 'aggregated' else role}-{number}", role, discovery, next(ports), speed)
 
 
 def _add_mock_worker(fleet: Fleet, name: str, discovery: str, first: int) -> None:
@@ -240,16 +236,16 @@ def _add_mock_worker(fleet: Fleet, name: str, discovery: str, first: int) -> Non
         fleet.links[name] = Part(f"link-{name}", fleet.folder / f"link-{name}",
                                  python(str(Path(__file__).with_name("link.py")), str(reached), str(first + 1)))
         fleet.links[name].start()
-    arguments = f"{' '.join(_SPEED)} --discovery {discovery} --admin-port {first + 3}"
+    arguments = f"{' '.join(_engine(fleet.plan))} --discovery {discovery} --admin-port {first + 3}"
     write = functools.partial(write_mock_models, arguments_of={"mock": arguments})
     part = MockWorkerPart(name, fleet.folder / name, (), {"TANDEM_GRPC_URL": f"127.0.0.1:{reached}"}, model="mock", first_port=first,
                           write=write, admin=f"http://127.0.0.1:{first + 3}")
     fleet.add(part, (f"127.0.0.1:{reached}", "mock"))
 
 
-def _add_process(fleet: Fleet, name: str, role: str, discovery: str, first: int, speed: tuple[str, ...]) -> None:
+def _add_process(fleet: Fleet, name: str, role: str, discovery: str, first: int) -> None:
     command = python("-m", "tandem_worker.mock", "--role", role, "--name", role, "--discovery", discovery, "--grpc-port", str(first + 1),
-                     "--admin-port", str(first + 3), *speed)
+                     "--admin-port", str(first + 3), *_engine(fleet.plan))
     part = MockProcessPart(name, fleet.folder / name, command, admin=f"http://127.0.0.1:{first + 3}")
     fleet.add(part, (f"127.0.0.1:{first + 1}", f"{role}_0"))
 
@@ -257,7 +253,8 @@ def _add_process(fleet: Fleet, name: str, role: str, discovery: str, first: int,
 def _add_planned(fleet: Fleet, discovery: str, ports: Iterator[int]) -> None:
     """One server with all workers as models, which the planner loads and unloads."""
     first, names = next(ports), [f"mock_{number}" for number in range(fleet.plan.aggregated)]
-    arguments = {name: f"{' '.join(_SPEED)} --blocks {_PLANNED_BLOCKS} --discovery {discovery} --admin-port {first + 3 + number}"
+    engine = " ".join(_engine(fleet.plan))
+    arguments = {name: f"{engine} --blocks {_PLANNED_BLOCKS} --discovery {discovery} --admin-port {first + 3 + number}"
                  for number, name in enumerate(names)}
     part = MockWorkerPart("worker-0", fleet.folder / "worker-0", (), {"TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}"}, model="*",
                           first_port=first, write=functools.partial(write_mock_models, arguments_of=arguments))

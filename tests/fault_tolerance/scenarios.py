@@ -9,7 +9,7 @@ class Engine(StrEnum):
     """What generates tokens."""
 
     MOCK = "mock"
-    """Mock engines as Triton models, each in a tritonserver of its own; prefill and decode as processes of `tandem_worker.mock`."""
+    """Mock engines as Triton models, each in a tritonserver of its own, and routers in theirs."""
     REAL = "real"
     """vLLM on the CPU with two random layers, each worker under `tandem serve`."""
     LIGHT = "light"
@@ -58,6 +58,8 @@ class Plan:
     links: bool = False
     """Workers are reached through links that can be cut: routers to mock workers, decode to prefill workers."""
     migration_limit: int = 3
+    speedup: float = 0.2
+    """Of mock engines; slow ones leave a small machine time for everything else."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,12 @@ class Scenario:
     slow: bool = True
 
 
-LIGHT = Plan(Engine.LIGHT, aggregated=2)
+LIGHT = Plan(Engine.LIGHT, aggregated=2, speedup=2.0)
 UNMOVED = replace(LIGHT, migration_limit=0)
 AGGREGATED = Plan(Engine.MOCK, routers=2, aggregated=2)
-DISAGGREGATED = Plan(Engine.MOCK, prefill=2, decode=2)
+DISAGGREGATED = Plan(Engine.LIGHT, prefill=2, decode=2)
 LINKED = Plan(Engine.MOCK, aggregated=2, links=True)
-KEPT = Plan(Engine.MOCK, aggregated=2, etcd=True)
+KEPT = Plan(Engine.LIGHT, aggregated=2, etcd=True)
 PLANNED = Plan(Engine.MOCK, aggregated=2, planner=True)
 REAL_TIERED = Plan(Engine.REAL, aggregated=2, tiers=True)
 REAL_PAIR = Plan(Engine.REAL, prefill=1, decode=1, links=True)
@@ -135,6 +137,8 @@ LONG = replace(FEW, isl=300)
 UNNOTICED = Expectation(success=1.0, recovery_s=0.0)
 WHOLE = Expectation(success=1.0)
 STALLED = Expectation(recovery_s=30.0)
+TRIED = Expectation(recovery_s=120.0)
+"""Until it is back, now and then a request is sent to a router that is gone, and then to another one."""
 SLOWLY = Expectation(recovery_s=30.0, whole_s=300.0)
 """A real engine takes a minute to start on a core that is busy."""
 SLOWLY_WHOLE = replace(SLOWLY, success=1.0)
@@ -149,9 +153,9 @@ SCENARIOS = (
     Scenario("a worker's stub dies", AGGREGATED, Fault("worker-0", How.KILL, Which.STUB)),
     Scenario("a worker's server stands still", AGGREGATED, Fault("worker-0", How.STOP, lasts_s=12.0), expect=STALLED),
     Scenario("a worker's server is told to end", AGGREGATED, Fault("worker-0", How.TERM)),
-    Scenario("a router's server dies", AGGREGATED, Fault("router-0", How.KILL), ELSEWHERE),
+    Scenario("a router's server dies", AGGREGATED, Fault("router-0", How.KILL), ELSEWHERE, TRIED),
     Scenario("a router's server stands still", AGGREGATED, Fault("router-0", How.STOP, lasts_s=12.0), ELSEWHERE, STALLED),
-    Scenario("a router's server is told to end", AGGREGATED, Fault("router-0", How.TERM), ELSEWHERE),
+    Scenario("a router's server is told to end", AGGREGATED, Fault("router-0", How.TERM), ELSEWHERE, TRIED),
     Scenario("workers are upgraded", AGGREGATED, Fault("worker", How.ROLL), expect=WHOLE),
     Scenario("routers are upgraded", AGGREGATED, Fault("router", How.ROLL), ELSEWHERE, WHOLE),
     Scenario("prompts too long", AGGREGATED, Fault("", How.FLOOD, lasts_s=5.0), expect=WHOLE),
@@ -163,6 +167,7 @@ SCENARIOS = (
     Scenario("decode workers are upgraded", DISAGGREGATED, Fault("decode", How.ROLL), expect=WHOLE),
     Scenario("a worker is cut off from the router", LINKED, Fault("worker-0", How.CUT, lasts_s=15.0), expect=STALLED),
     Scenario("etcd dies", KEPT, Fault("etcd", How.KILL, lasts_s=15.0), expect=WHOLE),
+    Scenario("workers' processes are upgraded", KEPT, Fault("worker", How.ROLL), expect=WHOLE),
     Scenario("etcd stands still", KEPT, Fault("etcd", How.STOP, lasts_s=15.0), expect=WHOLE),
     Scenario("Prometheus dies", PLANNED, Fault("prometheus", How.KILL, lasts_s=10.0), expect=WHOLE),
     Scenario("the planner dies", PLANNED, Fault("planner", How.KILL, lasts_s=10.0), expect=WHOLE),
