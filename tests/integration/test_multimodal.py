@@ -20,6 +20,9 @@ from calls import Call, collect, connect
 from servers import Server, serve, wait_for
 from vision_models import PLACEHOLDER, make_image, make_vision_model
 
+# In the long suite until it has been run once; then all but E/P/D belong into the normal run (two engines, some 20 requests).
+pytestmark = pytest.mark.slow
+
 PROMPT = f"Once upon a time somebody looked out of the window for a very long while and wrote down what there was: {PLACEHOLDER} It shows"
 RETURNS = ("output_ids", "num_cached_tokens", "num_input_tokens")
 SAMPLING = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
