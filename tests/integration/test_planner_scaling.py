@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from calls import Call, connect, responses
-from mock_models import MockServer, mock_server
+from mock_models import MockServer, mock_fleet, mock_server
 from models import make_tiny_model
 from planner_process import PlannerProcess, planner
 from prometheuses import BINARY, RealPrometheus
@@ -27,9 +27,16 @@ BLOCKS = 213
 FEW = 2
 SLOWLY = "0.1"
 """Times are ten times those of an 8B model: what counts here is not speed, and a slow core must keep up."""
-DECIDES = ("--mode", "agg", "--adjustment-interval", "3", "--load-interval", "3", "--max-gpu-budget", "2", "--scale-down-window", "4",
-           "--decode-scale-up-kv-rate", "30", "--decode-scale-down-kv-rate", "25", "--prefill-scale-up-queue-tokens", "1e9",
-           "--prefill-scale-down-queue-tokens", "1e9")  # fmt: skip
+DECIDES = ("--adjustment-interval", "3", "--load-interval", "3", "--scale-down-window", "4", "--decode-scale-up-kv-rate", "30",
+           "--decode-scale-down-kv-rate", "25")
+AGGREGATED = ("--mode", "agg", "--max-gpu-budget", "2", "--triton-aggregated", "mock*", "--prefill-scale-up-queue-tokens", "1e9",
+              "--prefill-scale-down-queue-tokens", "1e9")
+DISAGGREGATED = ("--mode", "disagg", "--max-gpu-budget", "4", "--triton-prefill", "prefill*", "--triton-decode", "decode*",
+                 "--prefill-scale-up-queue-tokens", "400", "--prefill-scale-down-queue-tokens", "300")
+PREFILL = f"--role prefill --no-events --speedup 0.02 --max-num-batched-tokens {PROMPT}"
+"""One prompt after the other, so slow that 16 streams queue."""
+DECODE = f"--role decode --no-events --speedup {SLOWLY} --blocks 60"
+SMALL, LARGE = ["decode_0", "prefill_0"], ["decode_0", "decode_1", "prefill_0", "prefill_1"]
 
 
 @dataclass
@@ -70,11 +77,21 @@ class Clients:
                 self.failures.append(f"{call.request_id}: {len(tokens)} tokens")
 
 
-def planner_of(folder: Path, server: MockServer, prometheus: RealPrometheus) -> AbstractContextManager[PlannerProcess]:
+def planner_of(folder: Path, server: MockServer, prometheus: RealPrometheus, *flags: str) -> AbstractContextManager[PlannerProcess]:
     """The planner over the server's mock models."""
-    return planner(folder, *DECIDES, "--connector", "triton", "--triton-url", server.http_url, "--triton-aggregated", "mock*",
-                   "--prometheus-endpoint", prometheus.url, "--start-delay-s", "1", "--scale-check-s", "0.25",
-                   TANDEM_DISCOVERY=server.discovery)
+    return planner(folder, *DECIDES, *flags, "--connector", "triton", "--triton-url", server.http_url, "--prometheus-endpoint",
+                   prometheus.url, "--start-delay-s", "1", "--scale-check-s", "0.25", TANDEM_DISCOVERY=server.discovery)
+
+
+@contextmanager
+def scraped(folder: Path, server: MockServer) -> Iterator[RealPrometheus]:
+    """The Prometheus that scrapes the server's router and workers."""
+    prometheus = RealPrometheus(folder / "prometheus", (server.router_metrics, *server.worker_metrics))  # its port is free only now
+    try:
+        prometheus.start()
+        yield prometheus
+    finally:
+        prometheus.kill()
 
 
 @contextmanager
@@ -82,13 +99,8 @@ def circle(folder: Path) -> Iterator[tuple[MockServer, RealPrometheus]]:
     """A server with two models, one loaded, and the Prometheus that scrapes it."""
     arguments = f"--no-events --speedup {SLOWLY} --blocks {BLOCKS}"
     with mock_server(folder, 2, ("mock_0",), make_tiny_model(folder / "tokenizer"), arguments, DYN_ROUTER_MODE="least-loaded",
-                     TANDEM_ROUTER_ADMIN_HOST="127.0.0.1") as server:
-        prometheus = RealPrometheus(folder / "prometheus", (server.router_metrics, *server.worker_metrics))  # its port is free only now
-        try:
-            prometheus.start()
-            yield server, prometheus
-        finally:
-            prometheus.kill()
+                     TANDEM_ROUTER_ADMIN_HOST="127.0.0.1") as server, scraped(folder, server) as prometheus:
+        yield server, prometheus
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -100,7 +112,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 @pytest.mark.skipif(BINARY is None, reason="there is no Prometheus")
 async def test_load_adds_a_worker_and_its_end_removes_it_without_a_failed_request(tmp_path: Path) -> None:
     """Five times; between two of them Prometheus goes away and comes back, and the planner is restarted: nothing moves."""
-    with circle(tmp_path) as (server, prometheus), planner_of(tmp_path, server, prometheus) as first:
+    with circle(tmp_path) as (server, prometheus), planner_of(tmp_path, server, prometheus, *AGGREGATED) as first:
         clients = Clients(server.grpc_url)
         running = asyncio.create_task(clients.run())
         await until(lambda: sees_everything(first), "the planner sees everything")
@@ -110,7 +122,7 @@ async def test_load_adds_a_worker_and_its_end_removes_it_without_a_failed_reques
         await until(lambda: first.metric(done) >= 4, "the planner knows of its four changes")
         await away_and_back(first, server, prometheus)
         await asyncio.to_thread(first.stop)
-        with planner_of(tmp_path, server, prometheus) as second:
+        with planner_of(tmp_path, server, prometheus, *AGGREGATED) as second:
             await until(lambda: sees_everything(second), "the restarted planner sees everything")
             assert server.loaded() == ["mock_0"]
             assert second.metric("tandem_planner_gpu_hours") > 0  # counted on
@@ -147,3 +159,35 @@ async def away_and_back(one: PlannerProcess, server: MockServer, prometheus: Rea
     assert server.loaded() == ["mock_0"]
     await asyncio.to_thread(prometheus.start)
     await until(lambda: one.health()["missing"] == [], "the planner sees again")
+
+
+@contextmanager
+def disaggregated(folder: Path) -> Iterator[tuple[MockServer, RealPrometheus]]:
+    """A server with two models of either role, one of each loaded, and its Prometheus."""
+    models = {"prefill_0": PREFILL, "prefill_1": PREFILL, "decode_0": DECODE, "decode_1": DECODE}
+    with mock_fleet(folder, models, tuple(SMALL), make_tiny_model(folder / "tokenizer"), DYN_ROUTER_MODE="least-loaded",
+                    TANDEM_ROUTER_ADMIN_HOST="127.0.0.1") as server, scraped(folder, server) as prometheus:
+        yield server, prometheus
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BINARY is None, reason="there is no Prometheus")
+async def test_pools_of_prefill_and_decode_grow_and_shrink_without_a_failed_request(tmp_path: Path) -> None:
+    """Twice. A prefill worker that drains hands its KV over before it is unloaded, so no handoff is lost either."""
+    with disaggregated(tmp_path) as (server, prometheus), planner_of(tmp_path, server, prometheus, *DISAGGREGATED) as one:
+        clients = Clients(server.grpc_url, wanted=1)
+        running = asyncio.create_task(clients.run())
+        await until(lambda: sees_everything(one), "the planner sees everything")
+        for _ in range(2):
+            clients.wanted = MANY
+            await until(lambda: server.placed() == LARGE, "a second worker of each role is placed")
+            clients.wanted = 1
+            await until(lambda: server.loaded() == SMALL, "the second workers are unloaded")
+        clients.stopping = True
+        async with asyncio.timeout(WAIT_S):
+            await running
+        failed = [line for line in one.log.read_text().splitlines() if "planner.scale_failed" in line]
+        assert [line for line in failed if "the repository has 2 models" not in line] == []  # the budget may ask for a third, too
+        assert clients.failures == []
+        assert clients.done > 20
+        assert "prefill.fell_back" not in server.log.read_text()
