@@ -246,6 +246,18 @@ def test_without_prefill_the_decode_worker_serves_alone(tmp_path: Path, prefill:
         assert local.send(prompt(21)).text == text
 
 
+def test_a_lost_prefill_worker_is_replaced_by_another(tmp_path: Path, prefill: Mocks, decode: Mocks, tokenizer: Path) -> None:
+    """The decode worker prefills by itself only when no other is left."""
+    turns = {"DYN_ROUTER_MODE": "round-robin"}
+    with mocks(tmp_path, "--role", "prefill", "--name", "q") as other, router(tmp_path, 4, tokenizer, **turns) as local:
+        assert local.send(prompt(40)).text
+        prefill.kill(0)
+        before = other.metric("vllm:prompt_tokens_total")
+        for number in range(41, 45):
+            assert local.send(prompt(number)).text
+        assert other.metric("vllm:prompt_tokens_total") - before == 4 * 129
+
+
 def test_enforced_disaggregation_fails_instead(tmp_path: Path, prefill: Mocks, decode: Mocks, tokenizer: Path) -> None:
     """An operator who wants that gets an error that says so."""
     with router(tmp_path, 3, tokenizer, DYN_ENFORCE_DISAGG="true") as local:

@@ -181,24 +181,42 @@ class Dispatcher:
         """The handoff, or None where the decode worker has to prefill by itself. Raises if disaggregation is enforced."""
         pool = self._pools.prefill
         assert pool is not None
-        worker_id = ""
+        lost: set[str] = set()
+        until = time.monotonic() + self._settings.prefill_timeout_s
+        while True:
+            try:
+                return await self._prefill_once(pool, routed, request, leg, lost)
+            except (UnavailableError, EngineError) as exc:
+                anyone = not routed.prefill_worker_id and self._left(pool, leg, lost)
+                if isinstance(exc, WorkerLostError) and anyone and time.monotonic() < until:
+                    log.warning("prefill.moved: %s", exc)
+                    continue
+                if self._settings.enforce_disagg:
+                    raise UnavailableError(f"remote prefill failed and disaggregation is enforced: {exc}") from exc
+                log.warning("prefill.fell_back: %s", exc)
+                self._metrics.prefill_fell_back()
+                return None
+
+    async def _prefill_once(self, pool: Placement, routed: Routed, request: GenerationRequest, leg: Leg, lost: set[str]) -> dict[str, Any]:
+        """The handoff of the cheapest prefill worker but those that were `lost`, among which one goes that is lost now."""
+        decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, expected_output_tokens=0,
+                                       exclude=unpaired(pool.workers, leg.decision.worker) | self._unreached(leg) | lost))
+        worker_id = decision.worker.id
+        self._doubts.tried(worker_id, leg.decision.worker.id)
         try:
-            decision = pool.choose(replace(routed.route, worker_id=routed.prefill_worker_id, expected_output_tokens=0,
-                                           exclude=unpaired(pool.workers, leg.decision.worker) | self._unreached(leg)))
-            worker_id = decision.worker.id
-            self._doubts.tried(worker_id, leg.decision.worker.id)
             with routed.span.child("router.prefill", worker=worker_id) as span:
                 handed = await self._prefill_on(pool, decision, carried(request, span))
-        except (UnavailableError, EngineError) as exc:
-            if self._settings.enforce_disagg:
-                raise UnavailableError(f"remote prefill failed and disaggregation is enforced: {exc}") from exc
-            if isinstance(exc, WorkerLostError):
-                pool.mark_down(worker_id, self._settings.down_s)
-            log.warning("prefill.fell_back worker=%s: %s", worker_id, exc)
-            self._metrics.prefill_fell_back()
-            return None
+        except WorkerLostError as exc:
+            pool.mark_down(worker_id, self._settings.down_s)
+            lost.add(worker_id)
+            raise WorkerLostError(f"prefill worker {worker_id}: {exc}") from exc
         leg.cached_tokens, leg.prefill_id = decision.cached_tokens, worker_id
         return handed
+
+    def _left(self, pool: Placement, leg: Leg, lost: set[str]) -> bool:
+        """Whether there is another prefill worker to try, which is done within the time of one prefill: who took that long is the last."""
+        shut = unpaired(pool.workers, leg.decision.worker) | self._unreached(leg) | lost
+        return any(worker.id not in shut for worker in pool.workers)
 
     def _unreached(self, leg: Leg) -> frozenset[str]:
         """Prefill workers whose blocks would not come."""
