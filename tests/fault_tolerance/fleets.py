@@ -154,7 +154,9 @@ def _planner_sees_all(part: Part) -> bool:
         health = get_json(f"http://127.0.0.1:{port}/health")
     except OSError:
         return False
-    return bool(health.get("status") == "ready" and health.get("missing") == [])
+    # Before the load there are no requests to know of.
+    missing = [what for what in health.get("missing", ["everything"]) if "no metrics of requests" not in what]
+    return bool(health.get("status") == "ready" and not missing)
 
 
 @contextlib.contextmanager
@@ -267,8 +269,11 @@ def _add_planner(fleet: Fleet, discovery: str, first: int) -> None:
     targets = (front.admin.removeprefix("http://"), *(f"127.0.0.1:{worker.first_port + 3 + n}" for n in range(fleet.plan.aggregated)))
     prometheus = RealPrometheus(fleet.folder / "prometheus", targets, port=first)
     fleet.add(Kept("prometheus", fleet.folder / "prometheus", (), thing=prometheus))
-    command = python("-m", "tandem_planner", *_PLANNER, "--triton-url", f"http://127.0.0.1:{worker.first_port}", "--prometheus-endpoint",
-                     prometheus.url, "--admin-port", str(first + 1), "--state", str(fleet.folder / "planner.state"))
+    # An idle fleet, as it is until the load begins, would be made smaller than the scenario's.
+    least = ("--min-endpoint", str(fleet.plan.aggregated))
+    command = python("-m", "tandem_planner", *_PLANNER, *least, "--triton-url", f"http://127.0.0.1:{worker.first_port}",
+                     "--prometheus-endpoint", prometheus.url, "--admin-port", str(first + 1), "--state",
+                     str(fleet.folder / "planner.state"))
     fleet.add(Part("planner", fleet.folder / "planner", command, {"TANDEM_DISCOVERY": discovery}))
 
 

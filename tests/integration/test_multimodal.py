@@ -191,8 +191,7 @@ async def test_encode_prefill_decode_changes_no_token(vision_model: Path, tmp_pa
                 for (files, prompt), ids in zip(((images[:1], PROMPT), (images, two)), expected, strict=True):
                     fresh = tuple(file + bytes([n]) for file in files)
                     assert (await answer_of(client, call_with(*fresh, model=model, prompt=prompt)))[0] == ids, model
-        loaded = server.metric("prefill", LOADED)
-        assert loaded == 2 * 3
+        assert server.metric("prefill", LOADED) == 2 * len(images), "by ensemble and by router, each image once"
         assert server.metric("decode", "vllm:nixl_bytes_transferred_sum") > 0
         assert server.metric("decode", "vllm:nixl_num_failed_transfers_total") == 0
         assert server.metric("decode", MISSED) == 0
