@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+import charts
 from calls import Call, begin_streams, connect, text_of
 from servers import free_ports, get_json, wait_for
 from tandem_cli.serve.embedded_model import embedded_model
@@ -176,6 +177,50 @@ async def test_prefill_decode_and_router(model: Path) -> None:
         assert "Paris" in texts[0]
         assert router.inspect("{{.State.ExitCode}}") == "0"
         assert decode.is_healthy()
+
+
+def test_a_worker_as_the_chart_renders_it(model: Path) -> None:
+    """The pod's own arguments, variables, user and rights; its probes, the program of `helm test`, its preStop hook and its end."""
+    documents = charts.render("agg", 'platform="cpu"', 'model.name="/models/smollm2"', "worker.leaveDelaySeconds=1")
+    worker = charts.container(charts.pod(documents, f"{charts.NAME}-aggregated"), "worker")
+    asks = charts.container({"spec": charts.find(documents, "Pod", f"{charts.NAME}-test")["spec"]}, "ask")
+    with ExitStack() as stack:
+        models = shared_folder(stack)
+        shutil.copytree(model, models / "smollm2")
+        pod = stack.enter_context(rendered_container(worker, models))
+        wait_for(lambda: probe(pod, worker, "startupProbe") and probe(pod, worker, "readinessProbe"), HEALTHY_S, "the pod to be ready")
+        told = [word for name, value in charts.environment(asks).items() for word in ("--env", f"{name}={value}")]
+        assert "Paris" in docker("exec", *told, pod, *asks["args"])
+        docker("exec", pod, *worker["lifecycle"]["preStop"]["exec"]["command"])
+        assert not probe(pod, worker, "readinessProbe")
+        docker("stop", "--time", str(STOP_S), pod)
+        assert docker("inspect", "--format", "{{.State.ExitCode}}", pod) == "0"
+
+
+@contextmanager
+def rendered_container(rendered: charts.Document, models: Path) -> Iterator[str]:
+    """The chart's container under Docker, in a network of its own, where the service's name is its own address; its name."""
+    name, address = f"tandem-test-{uuid.uuid4().hex[:8]}", "127.0.0.1"
+    told = charts.environment(rendered, address)
+    variables = [word for key, value in told.items() for word in ("--env", f"{key}={value}")]
+    rights = ["--user", f"{USER}:{USER}", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    docker("run", "--detach", "--name", name, "--network=none", f"--add-host={charts.NAME}:{address}", "--shm-size=1g", *rights,
+           "--cpuset-cpus", ",".join(map(str, sorted(os.sched_getaffinity(0)))), "--volume", f"{models}:/models", *variables, IMAGE,
+           *(charts.expand(argument, told) for argument in rendered["args"]))
+    try:
+        yield name
+    finally:
+        docker("rm", "--force", "--volumes", name)
+
+
+def probe(pod: str, rendered: charts.Document, kind: str) -> bool:
+    """Whether an HTTP probe succeeds, asked from within."""
+    get = rendered[kind]["httpGet"]
+    port = {one["name"]: one["containerPort"] for one in rendered["ports"]}[get["port"]]
+    program = "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=5)"
+    done = subprocess.run(["docker", "exec", pod, "python", "-c", program, f"http://127.0.0.1:{port}{get['path']}"], capture_output=True,
+                          check=False, timeout=DOCKER_S)
+    return done.returncode == 0
 
 
 def shared_folder(stack: ExitStack) -> Path:
