@@ -27,6 +27,14 @@ with open(sys.argv[1], "w+b") as file:
 print("up", flush=True)
 signal.pause()
 """
+SHARER = """
+import signal
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=4096)
+memory.close()
+print(memory.name, flush=True)
+signal.pause()
+"""
 STUB = """
 import os, signal, subprocess, sys
 from pathlib import Path
@@ -140,6 +148,17 @@ def test_a_server_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
         stub.wait(WAIT_S)
         clean_up(Ward(server.pid, stub.pid, uuid.uuid4().hex, tmp_path, 0.0), server_died=False)
         assert server.wait(WAIT_S) == -signal.SIGKILL
+
+
+def test_shared_memory_that_no_look_has_seen_is_removed_by_its_tracker(tmp_path: Path) -> None:
+    """Which is Python's own, and must outlive the engine for that."""
+    token = uuid.uuid4().hex
+    with python(IDLE) as server, python(IDLE) as stub, python(SHARER, **{WORKER_TOKEN_VARIABLE: token}) as engine:
+        shm_file = SHM / line_of(engine).strip()
+        assert shm_file.exists()
+        clean_up(Ward(server.pid, stub.pid, token, tmp_path / "scratch", 30.0), server_died=True)
+        assert not shm_file.exists()
+        assert engine.wait(WAIT_S) == -signal.SIGKILL
 
 
 def test_engine_processes_are_found_by_their_token(tmp_path: Path) -> None:

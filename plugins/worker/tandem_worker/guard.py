@@ -69,6 +69,15 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
+def _tracks_resources(pid: int) -> bool:
+    """Whether it is Python's own tracker of shared memory. It ends by itself after those that it serves, and removes what they leave
+    then, also files so new that no look has seen them."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def start_guard(ward: Ward) -> "subprocess.Popen[bytes]":
     """Starts a guard for this process; `say_goodbye` before a clean exit."""
     arguments = (str(ward.server_pid), str(ward.stub_pid), ward.token, str(ward.scratch), str(ward.server_exit_timeout_s))
@@ -90,8 +99,9 @@ def clean_up(ward: Ward, *, server_died: bool) -> None:
     guard.say(f"{'tritonserver' if server_died else 'the stub'} died: killing the engine and removing its shared memory")
     if server_died:
         guard.kill([ward.stub_pid])
-    guard.kill(ward.engine_pids())
+    guard.kill([pid for pid in ward.engine_pids() if not _tracks_resources(pid)])
     guard.wait_gone(ward.dying_pids())  # what they still map would not be removed
+    guard.kill(ward.engine_pids())
     if not server_died:
         guard.end_server(ward.server_pid, ward.server_exit_timeout_s)
     _remove(ward)
