@@ -124,7 +124,7 @@ def test_a_worker_without_tiers_or_launcher_names_its_engine() -> None:
 def _sources(settings: WorkerSettings, ranks: int) -> tuple[EventSource, ...]:
     config = SimpleNamespace(
         model_config=SimpleNamespace(model="m"), cache_config=SimpleNamespace(block_size=16, num_gpu_blocks=1),
-        scheduler_config=SimpleNamespace(max_num_seqs=1, max_num_batched_tokens=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=1, max_num_batched_tokens=1), speculative_config=None,
         kv_events_config=SimpleNamespace(enable_kv_cache_events=True, publisher="zmq", endpoint="tcp://*:20080",
                                          replay_endpoint="tcp://*:21080"),
     )

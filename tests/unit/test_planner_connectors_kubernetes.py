@@ -164,7 +164,7 @@ async def test_labels_that_do_not_say_who_is_meant_are_refused() -> None:
     async with cluster(workload("d", "decode"), workload("e", "decode", resource="statefulsets")) as (_, connector):
         with pytest.raises(ConfigError, match="deployment d and stateful_set e both have"):
             await connector.pools()
-    async with cluster(workload("x", "encode")) as (_, connector):
+    async with cluster(workload("x", "encoder")) as (_, connector):
         with pytest.raises(ConfigError, match="deployment x has the label"):
             await connector.pools()
     async with cluster(workload("d", "decode")) as (_, connector):
