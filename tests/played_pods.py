@@ -75,6 +75,7 @@ def network() -> Iterator[Network]:
         _ip("netns", "add", made.switch)
         stack.callback(_ip, "netns", "del", made.switch)
         stack.callback(lambda: [_ip("netns", "del", one.namespace) for one in made.pods])
+        _ip("-n", made.switch, "link", "set", "lo", "up")
         _ip("-n", made.switch, "link", "add", "bridge", "type", "bridge")
         _ip("-n", made.switch, "link", "set", "bridge", "up")
         _ip("-n", made.switch, "addr", "add", f"{SUBNET}.1/24", "dev", "bridge")

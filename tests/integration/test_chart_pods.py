@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chart's containers for real: what it renders is started as rendered, probed, asked for Paris, and ended as a kubelet would.
 
-Those with engines have not been run yet, and are only run when TANDEM_TEST_ENGINE_PODS is set.
+Those with engines take minutes, and are only run when TANDEM_TEST_ENGINE_PODS is set.
 """
 
 import os
