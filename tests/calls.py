@@ -4,13 +4,15 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as grpcclient
 from tritonclient.utils import InferenceServerException
+
+from tandem_protocol.stream_end import read_to_end
 
 PARIS_PROMPT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 Response = dict[str, Any]
@@ -81,24 +83,16 @@ async def responses(client: Any, call: Call) -> AsyncIterator[Response]:
     try:
         async for result, error in stream:
             if error is not None:
-                await _to_the_end(stream)
+                await read_to_end(stream, InferenceServerException, END_S)
                 raise error
             raw = result.get_response()
             if raw.outputs:
                 yield {output.name: _values(result.as_numpy(output.name)) for output in raw.outputs}
             if raw.parameters["triton_final_response"].bool_param:
-                await _to_the_end(stream)
+                await read_to_end(stream, InferenceServerException, END_S)
                 return
     finally:
         stream.cancel()
-
-
-async def _to_the_end(stream: Any) -> None:
-    """Lets the server end the stream: a cancel right after the last response makes tritonserver keep the request, and take 30 s to exit."""
-    with suppress(TimeoutError, InferenceServerException):
-        async with asyncio.timeout(END_S):
-            async for _ in stream:
-                pass
 
 
 def _values(array: Any) -> list[Any]:

@@ -180,9 +180,8 @@ async def test_abort_reaches_the_workers_of_nested_ensembles() -> None:
     assert [aborted_ids(models[name]) for name in ("a", "b", "inner")] == [["r9"], ["r9"], []]
 
 
-async def test_server_that_keeps_the_stream_open_after_final_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the final response nothing is owed, so a stream that stays open ends the wait soon and without an error."""
-    monkeypatch.setattr(client_module, "EOF_TIMEOUT_S", 0.1)
+async def test_server_that_keeps_the_stream_open_after_final_is_left() -> None:
+    """After the final response nothing is owed, so a stream that stays open ends the wait within a second and without an error."""
     async with FakeTriton({"vllm": FakeModel(silence_after(delta("a", final=True)))}) as server:
         assert [item.text for item in await consume(server, request())] == ["a"]
 

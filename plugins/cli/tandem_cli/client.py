@@ -19,13 +19,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tandem_cli.failures import from_message, from_status
 from tandem_cli.messages import Delta, GenerationRequest, decode, encode, encode_abort
 from tandem_protocol.errors import ConfigError, TandemError, UnavailableError
+from tandem_protocol.stream_end import read_to_end
 
 CONTROL_TIMEOUT_S = 5.0
 """Deadline of a question that needs no engine: a live server answers within milliseconds."""
 ABORT_TIMEOUT_S = 2.0
 """Deadline of aborting an ensemble's workers, all together; after it the client leaves, whatever they say."""
-EOF_TIMEOUT_S = 1.0
-"""How long the server may take to close a stream after its final response, before it is cancelled."""
 
 _CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _WITH_STATUS = (("triton_grpc_error", "true"),)
@@ -118,7 +117,7 @@ class GenerationClient:
                 may_run = not delta.final
                 yield delta
                 if delta.final:
-                    await _read_eof(call)
+                    await read_to_end(call, grpc.aio.AioRpcError)
                     return
             raise UnavailableError(f"the server at {self.url} ended the stream before the answer was complete: look at its log, try again")
         except grpc.aio.AioRpcError as exc:
@@ -151,7 +150,7 @@ class GenerationClient:
             async for response in call:
                 if response.error_message:
                     log.warning("model %s did not abort request %s: %s", worker, request_id, response.error_message)
-                await _read_eof(call)
+                await read_to_end(call, grpc.aio.AioRpcError)
                 break
         except grpc.aio.AioRpcError as exc:
             log.warning("model %s did not abort request %s: %s", worker, request_id, exc.details())
@@ -167,13 +166,3 @@ class GenerationClient:
 
 async def _once(message: Any) -> AsyncIterator[Any]:
     yield message
-
-
-async def _read_eof(call: Any) -> None:
-    """Lets the server close the stream by itself: tritonserver 2.51 keeps a request for ever whose client cancels at this moment."""
-    try:
-        async with asyncio.timeout(EOF_TIMEOUT_S):
-            async for _ in call:
-                pass
-    except (TimeoutError, grpc.aio.AioRpcError) as exc:
-        log.debug("stream was not closed by the server after its final response: %s", exc)

@@ -17,6 +17,7 @@ import grpc
 from tritonclient.grpc import service_pb2
 
 from tandem_protocol.errors import EngineError, RequestCancelledError, RequestError, TandemError, UnavailableError
+from tandem_protocol.stream_end import read_to_end
 from tandem_router import wire
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,6 @@ _ERRORS: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.CANCELLED: RequestCancelledError,
     grpc.StatusCode.INTERNAL: EngineError,
 }
-_END_S = 1.0
-"""For a server to end a stream after its final response, which it does at once; then the stream is cancelled."""
 _LOST = ("Stub process", "Request for unknown model")
 """How Triton itself begins what it says of a worker that is not there, as INTERNAL or without any status: `... is not healthy` of a stub
 that is dead or stuck, until its server ends; `... has no available versions` of a model that was unloaded a moment ago."""
@@ -127,7 +126,7 @@ class Connections:
                     raise _failure(EngineError, answer.error_message)
                 yield answer.infer_response
                 if wire.is_final(answer.infer_response):
-                    await _to_the_end(call)
+                    await read_to_end(call, grpc.aio.AioRpcError)
                     return
         except grpc.aio.AioRpcError as exc:
             raise translate(exc) from exc
@@ -192,17 +191,3 @@ def translate(error: Any) -> TandemError:
 
 def _failure(kind: type[TandemError], details: str) -> TandemError:
     return WorkerLostError(details) if kind is EngineError and details.startswith(_LOST) else kind(details)
-
-
-async def _to_the_end(call: Any) -> None:
-    """Lets the server end a stream whose final response came.
-
-    tritonserver 2.51 never frees a request whose client cancels between the final response and the end of the stream, and the request
-    keeps its model from being unloaded.
-    """
-    try:
-        async with asyncio.timeout(_END_S):
-            async for _ in call:
-                pass
-    except (TimeoutError, grpc.aio.AioRpcError) as exc:
-        log.debug("router.stream_left_open reason=%s", exc or f"not ended within {_END_S:g} s")

@@ -15,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from tandem_protocol import tensors
 from tandem_protocol.errors import ConfigError, EngineError, UnavailableError
+from tandem_protocol.stream_end import read_to_end
 
 
 class StreamClient:
@@ -67,11 +68,13 @@ class StreamClient:
         try:
             async for result, error in stream:
                 if error is not None:
+                    await read_to_end(stream, InferenceServerException)
                     raise error
                 counts = result.as_numpy(tensors.NUM_OUTPUT_TOKENS)
                 if counts is not None and (count := int(counts.sum())):
                     yield count
                 if result.get_response().parameters["triton_final_response"].bool_param:
+                    await read_to_end(stream, InferenceServerException)
                     return
         finally:
             stream.cancel()
