@@ -81,7 +81,7 @@ class ImageReader:
                 tasks = [group.create_task(self._read(item, file_bytes.charge, pixels.charge)) for item in items]
         except TimeoutError as exc:
             raise RequestError(f"the images did not arrive within {settings.image_timeout_s:g} s (TANDEM_IMAGE_TIMEOUT_S)") from exc
-        except BaseExceptionGroup as exc:
+        except ExceptionGroup as exc:
             raise exc.exceptions[0] from exc
         return tuple(task.result() for task in tasks)
 
