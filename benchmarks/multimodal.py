@@ -1,38 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.multimodal`: a batch of images answered by one engine, and with an encode worker in front of the same engine.
 
-Both servers are started by `tandem serve` with the same arguments, one after the other, and get the same batch: as many requests as
-there are images, each with one that no cache has seen, all sent at once. The second round sends the same images with other questions:
-there the embeddings are kept, and only the split server has them outside the engine. On a GPU the model is an 8B one with a
-27-layer encoder by shape, with dummy weights; on a CPU `--model` names a small one, and only the mechanism can be seen.
+All servers are started by `tandem serve` with the same arguments, one after the other, and get the same rounds (`multimodal_load`).
+Where CUDA shows two GPUs the split takes both, so two engines side by side are measured as well: what the second GPU would be worth
+otherwise. On a GPU the model is an 8B one with a 27-layer encoder by shape, with dummy weights; on a CPU `--model` names a small one,
+and only the mechanism can be seen. A split whose embeddings were not used has failed.
 """
 
 import argparse
 import asyncio
-import base64
-import io
 import json
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tritonclient.grpc.aio as grpcclient
-
 from benchmarks import hardware
 from benchmarks.errors import BenchmarkError
-from benchmarks.targets import tandem_command
+from benchmarks.multimodal_load import Front, Rounds, Shape, measure
+from benchmarks.targets import HOST, tandem_command
 from benchmarks.vision_shape import PLACEHOLDER, make_vision_shape
 
-STOP_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 60.0
 _PORTS = {"http-port": 0, "grpc-port": 1, "metrics-port": 2, "admin-port": 10, "kv-event-port": 20}
-_WORDS = 64
-"""Of text around each image."""
+_COUNTERS = {"vllm": ("loaded", "missed"), "encode": ("offered", "lost")}
+_COUNTED_WITHIN_S = 10.0
+"""Engines tell of a step's embeddings with the statistics of the next."""
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,18 @@ class Way:
     """One of the servers that are compared."""
 
     name: str
-    model: str
-    """The Triton model that is asked."""
-    encoders: int
+    front: Front
+    encoders: int = 0
+    engines: int = 1
 
 
-WAYS = (Way("aggregated", "vllm", 0), Way("encode_split", "encode_agg", 1))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one batch took."""
-
-    images: int
-    seconds: float
-    images_per_s: float
-    first_token_s_p50: float
-    first_token_s_max: float
+AGGREGATED = Way("aggregated", Front(("vllm",), ("vllm",)))
+SPLIT = Way("encode_split", Front(("encode_agg",), ("vllm",)), encoders=1)
+TWO = Way("two_engines", Front(("vllm", "vllm_1"), ("vllm", "vllm_1")), engines=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs both ways; exit code 1 if one failed."""
+    """Runs all ways; exit code 1 if one failed."""
     args = _parse(argv)
     machine = hardware.detect()
     args.log_dir.mkdir(parents=True, exist_ok=True)
@@ -68,15 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "python -m benchmarks.multimodal " + " ".join(argv or sys.argv[1:])
     report: dict[str, Any] = {"hardware": machine.describe(), "command": command, "versions": hardware.versions(), "model": model,
                               "engine_arguments": arguments, "failures": {}}
-    files = [_image(seed, args.pixels) for seed in range(args.images)]
-    for way in WAYS:
+    for way in (AGGREGATED, SPLIT, *((TWO,) if args.two_engines or len(machine.gpus) > 1 else ())):
+        _say(way, "begin")
         try:
-            report[way.name] = _run(way, model, arguments, files, args)
+            report[way.name] = {"placement": placement(way, len(machine.gpus)), **_run(way, model, arguments, args)}
+            _say(way, json.dumps(report[way.name]))
         except (BenchmarkError, OSError, TimeoutError) as exc:
-            report["failures"][way.name] = str(exc)
-    report |= _ratios(report)
+            report["failures"][way.name] = str(exc) or type(exc).__name__
+            _say(way, report["failures"][way.name])
+    report |= ratios(report)
     print(json.dumps(report) if args.json else json.dumps(report, indent=1), flush=True)
     return 1 if report["failures"] else 0
+
+
+def _say(way: Way, what: str) -> None:
+    """Progress, and what is known if the run is cut short."""
+    print(f"{way.name}: {what}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -88,10 +87,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=32, help="images, and so requests, of a batch")
     parser.add_argument("--pixels", type=int, default=1008, help="width and height of an image")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=3, help="batches of new images; their median is compared")
+    parser.add_argument("--streams", type=int, default=8, help="text streams beside the last batch")
+    parser.add_argument("--stream-tokens", type=int, default=1000, help="tokens of each text stream")
+    parser.add_argument("--two-engines", action="store_true", help="two engines as a third way, also where fewer than two GPUs are seen")
     parser.add_argument("--port", type=int, default=18600, help="first of the servers' ports")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that a server's start, or a batch, may take")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that a server's start, or all its rounds, may take")
     parser.add_argument("--log-dir", type=Path, default=Path(tempfile.gettempdir()) / "tandem-bench-multimodal", help="logs and the model")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.images, args.pixels, args.tokens, args.rounds, args.streams) < 1:
+        parser.error("--images, --pixels, --tokens, --rounds and --streams must be at least 1")
+    return args
 
 
 def _model(args: argparse.Namespace, on_gpu: bool) -> tuple[str, list[str]]:
@@ -104,93 +110,95 @@ def _model(args: argparse.Namespace, on_gpu: bool) -> tuple[str, list[str]]:
     return str(shape), ["--load-format=dummy", "--max-model-len=8192", "--max-num-batched-tokens=8192"]
 
 
-def _run(way: Way, model: str, arguments: list[str], files: list[bytes], args: argparse.Namespace) -> dict[str, Any]:
-    log = args.log_dir / f"{way.name}.log"
+def _run(way: Way, model: str, arguments: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    log = args.log_dir / f"{way.name}-launcher.log"
     ports = [f"--{name}={args.port + at}" for name, at in _PORTS.items()]
-    flags = ["--detach", "--mode=agg", "--routers=0", f"--encode={way.encoders}", f"--model={model}", f"--start-timeout={args.timeout:.0f}",
-             *ports, *arguments]
+    flags = ["--detach", "--mode=agg", "--routers=0", f"--workers={way.engines}", f"--encode={way.encoders}", f"--model={model}",
+             f"--start-timeout={args.timeout:.0f}", *ports, *arguments]
+    shape = Shape(args.images, args.pixels, args.tokens, args.rounds, args.streams, args.stream_tokens, args.prompt)
     try:
         tandem_command(["serve", *flags], log, args.timeout + STOP_TIMEOUT_S)
-        rounds = asyncio.run(_rounds(f"127.0.0.1:{args.port + 1}", way.model, files, args))
+        rounds = asyncio.run(measure(f"{HOST}:{args.port + _PORTS['grpc-port']}", way.front, shape, args.timeout))
+        return report_of(rounds) | ({"embeddings": _embeddings(args.port, shape)} if way.encoders else {})
     finally:
-        tandem_command(["stop", f"--http-port={args.port}"], log, STOP_TIMEOUT_S, check=False)
-    return {"new_images": asdict(rounds[0]), "same_images": asdict(rounds[1])}
+        _stop(way, args.port, args.log_dir, log)
 
 
-async def _rounds(url: str, model: str, files: list[bytes], args: argparse.Namespace) -> list[Batch]:
-    """A warm-up of one request, then the batch twice, each with its own questions."""
-    async with asyncio.timeout(3 * args.timeout), grpcclient.InferenceServerClient(url) as client:
-        await _ask(client, model, _prompt(args.prompt, 999), _image(10_000, args.pixels), args.tokens)
-        return [await _batch(client, model, files, args, number) for number in range(2)]
+def _stop(way: Way, port: int, folder: Path, log: Path) -> None:
+    """Keeps the server's log, since the next one on this port overwrites it."""
+    from tandem_cli.serve.layout import run_folder
+
+    with suppress(FileNotFoundError):
+        shutil.copyfile(run_folder(port).log, folder / f"{way.name}-server.log")
+    tandem_command(["stop", f"--http-port={port}", "--drain-timeout-s=0"], log, STOP_TIMEOUT_S, check=False)
 
 
-async def _batch(client: Any, model: str, files: list[bytes], args: argparse.Namespace, number: int) -> Batch:
-    started = time.perf_counter()
-    async with asyncio.timeout(args.timeout), asyncio.TaskGroup() as group:
-        asked = [group.create_task(_ask(client, model, _prompt(args.prompt, number), file, args.tokens)) for file in files]
-    seconds = time.perf_counter() - started
-    firsts = [task.result() for task in asked]
-    return Batch(len(files), round(seconds, 4), round(len(files) / seconds, 4), round(statistics.median(firsts), 4), round(max(firsts), 4))
+def _embeddings(port: int, shape: Shape) -> dict[str, int]:
+    """What became of the embeddings. Raises BenchmarkError if an image was not encoded by the encode worker."""
+    deadline, least = time.monotonic() + _COUNTED_WITHIN_S, (shape.rounds + 1) * shape.images
+    while (counts := _counts(port))["loaded"] < least and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    if counts["loaded"] < least or counts["missed"]:
+        raise BenchmarkError(f"no split: of {least} images the engine took {counts['loaded']} and encoded {counts['missed']} itself")
+    return counts
 
 
-async def _ask(client: Any, model: str, prompt: str, file: bytes, tokens: int) -> float:
-    """Seconds to the first token of one streamed request, which is read to its end."""
-    sampling = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-    inputs = [_strings("text_input", prompt.encode()), _strings("image", base64.b64encode(file)),
-              _strings("sampling_parameters", json.dumps(sampling).encode()), _flag("stream")]
+def _counts(port: int) -> dict[str, int]:
+    from tandem_cli.serve.layout import run_folder
+    from tandem_cli.serve.run_state import read_state
 
-    async def requests() -> Any:
-        yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
-
-    started, first = time.perf_counter(), 0.0
-    async for result, error in client.stream_infer(requests()):
-        if error is not None:
-            raise BenchmarkError(f"{model} answered: {error}")
-        first = first or time.perf_counter() - started
-        if result.get_response().parameters["triton_final_response"].bool_param:
-            break
-    return first
+    state = read_state(run_folder(port))
+    admin = state.admin_urls if state else {}
+    counts = {}
+    for worker, names in _COUNTERS.items():
+        with urllib.request.urlopen(f"{admin[worker]}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        counts |= {name: counted(text, f"tandem_embeddings_{name}_total") for name in names}
+    return counts
 
 
-def _prompt(placeholder: str, number: int) -> str:
-    """The image last but for the question, so that no two prompts with different images share more than words."""
-    return f"{'look ' * _WORDS}{placeholder} question {number}: what is shown?"
+def counted(exposition: str, name: str) -> int:
+    """The sum of a counter's samples; 0 if it has none yet."""
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in exposition.splitlines() if line.startswith(f"{name}{{"))
 
 
-def _image(seed: int, side: int) -> bytes:
-    """JPEG of random blocks: as large as a photograph's file, and decoded like one."""
-    from PIL import Image
-
-    blocks = np.random.default_rng(seed).integers(0, 255, (max(1, side // 8), max(1, side // 8), 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(blocks).resize((side, side)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def _strings(name: str, value: bytes) -> Any:
-    tensor = grpcclient.InferInput(name, [1], "BYTES")
-    tensor.set_data_from_numpy(np.array([value], dtype=np.object_))
-    return tensor
+def placement(way: Way, gpus: int) -> str:
+    """Where the engines of a way run, in words: not the same resources for all."""
+    engines = way.engines + way.encoders
+    if gpus == 0:
+        return f"{engines} engine(s) on this machine's cores, shared with the load"
+    if engines == 1:
+        return "1 GPU"
+    return f"{engines} engines share 1 GPU" if gpus == 1 else f"{engines} engines, a GPU each"
 
 
-def _flag(name: str) -> Any:
-    tensor = grpcclient.InferInput(name, [1], "BOOL")
-    tensor.set_data_from_numpy(np.array([True]))
-    return tensor
+def report_of(rounds: Rounds) -> dict[str, Any]:
+    """One way's part of the report."""
+    return {"new_images": [batch.report() for batch in rounds.new], "images_again": rounds.again.report(),
+            "images_beside_text": rounds.beside.report()}
 
 
-def _ratios(report: dict[str, Any]) -> dict[str, float | None]:
-    """Split over aggregated; of images per second more is better, of seconds less is. None where a side is missing."""
-    if report["failures"]:
-        return {"split_vs_agg_images_per_s": None, "split_vs_agg_first_token": None, "split_vs_agg_images_per_s_again": None}
-    split, plain = report["encode_split"], report["aggregated"]
+def ratios(report: dict[str, Any]) -> dict[str, float | None]:
+    """The split over each of the others; of images per second more is better, of seconds less is. None where a side is missing."""
+    split, found = report.get(SPLIT.name), {}
+    for way, short in ((AGGREGATED, "agg"), (TWO, "two")):
+        if way is AGGREGATED or way.name in report or way.name in report["failures"]:
+            found |= {f"split_vs_{short}_{name}": value for name, value in _against(split, report.get(way.name)).items()}
+    return found
 
-    def ratio(part: str, figure: str) -> float:
-        return float(f"{split[part][figure] / plain[part][figure]:.4g}")
 
-    return {"split_vs_agg_images_per_s": ratio("new_images", "images_per_s"),
-            "split_vs_agg_first_token": ratio("new_images", "first_token_s_p50"),
-            "split_vs_agg_images_per_s_again": ratio("same_images", "images_per_s")}
+def _against(split: dict[str, Any] | None, other: dict[str, Any] | None) -> dict[str, float | None]:
+    mine, others = (_figures(way) if way else {} for way in (split, other))
+    return {name: float(f"{mine[name] / others[name]:.4g}") if mine.get(name) and others.get(name) else None
+            for name in ("images_per_s", "first_token", "images_per_s_again", "text_pause_p99", "text_pause_max")}
+
+
+def _figures(way: dict[str, Any]) -> dict[str, float]:
+    pauses = way["images_beside_text"]["pauses_while"]
+    return {"images_per_s": statistics.median(batch["images_per_s"] for batch in way["new_images"]),
+            "first_token": statistics.median(batch["first_token_s_p50"] for batch in way["new_images"]),
+            "images_per_s_again": way["images_again"]["images_per_s"],
+            "text_pause_p99": pauses.get("p99_s", 0.0), "text_pause_max": pauses.get("max_s", 0.0)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 #   same-gpu  1 GPU:  prefill and decode on it, with UCX's default, with reads by CUDA IPC, and under MPS
 #   kvbm      1 GPU:  benchmarks.kvbm, an 8B shape
 #   sleep     1 GPU:  benchmarks.gpu.sleep, SmolLM2-135M: aggregated, prefill and decode sleep and wake
-#   speculation  1 GPU: benchmarks.gpu.speculation, SmolLM2-135M: without, with n-grams and with a draft model, aggregated and disaggregated
+#   speculation  1 GPU: benchmarks.gpu.speculation, SmolLM2-135M: without, with n-grams, a draft model and a random Eagle3 head, aggregated and disaggregated
+#   multimodal  1 or 2 GPUs: benchmarks.multimodal, an 8B shape with a 27-layer vision encoder: an engine alone and with an encode worker,
+#               which share the GPU; with two GPUs they take both, and two engines are measured as well
 #   planner-profile  1 GPU: `tandem profile` of an aggregated 8B shape; the profile is left in OUT/planner-profile, for bench planner
 # TANDEM_GPU_VENV  the environment (default /opt/tandem)     BUDGET_S  seconds for everything (default 570)
 # Each stage leaves three files in OUT: STAGE.jsonl (one report a line), STAGE.log (progress), STAGE.tar.gz (all logs).
@@ -102,7 +104,11 @@ _stage_sleep() {
 }
 
 _stage_speculation() {
-  CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" _bench gpu.speculation smollm2 170 --model "$small"
+  CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" _bench gpu.speculation smollm2 260 --model "$small"
+}
+
+_stage_multimodal() {
+  _bench multimodal vision-8b-shape 330 --timeout 100
 }
 
 # As many points as fit into BUDGET_S; it goes on where it was if OUT/planner-profile has a journal of an earlier run.
@@ -148,10 +154,10 @@ _bench_under_mps() {
 
 _main() {
   local stage small
-  [ $# -gt 0 ] || { sed -n '3,14p' benchmarks/gpu/run.sh; exit 2; }
+  [ $# -gt 0 ] || { sed -n '3,16p' benchmarks/gpu/run.sh; exit 2; }
   [ -n "$out" ] || { echo "run.sh: set OUT to the folder for the results" >&2; exit 2; }
   for stage in "$@"; do
-    case "$stage" in one | two | same-gpu | kvbm | sleep | speculation | planner-profile) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm, sleep, speculation or planner-profile" >&2; exit 2 ;; esac
+    case "$stage" in one | two | same-gpu | kvbm | sleep | speculation | multimodal | planner-profile) ;; *) echo "run.sh: unknown stage $stage: choose one, two, same-gpu, kvbm, sleep, speculation, multimodal or planner-profile" >&2; exit 2 ;; esac
   done
   _environment
   mkdir -p "$out"
