@@ -52,6 +52,11 @@ def test_a_script_serves_and_asks(tmp_path: Path, script: str) -> None:
         assert '"G2"' in answers
 
 
+def test_the_router_chooses_between_prefill_and_decode(tmp_path: Path) -> None:
+    """With one engine of each kind, not two: the script takes more options, and the last one counts."""
+    assert "Paris" in launch(tmp_path, "disagg_router.sh", "--prefill", "1", "--decode", "1")
+
+
 def test_an_adapter_is_loaded_and_named(tmp_path: Path) -> None:
     """The tiny model with an adapter made for it; its text is noise, but it is an answer."""
     model, adapter = make_tiny_model(tmp_path / "model"), make_lora(tmp_path / "adapter")

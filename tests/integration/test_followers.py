@@ -137,10 +137,10 @@ async def test_both_end_when_the_leader_is_told_to(pair: Pair) -> None:
         parts = await stream
         assert sum(int(part["num_output_tokens"][0]) for part in parts if "num_output_tokens" in part) == 300
     code = await asyncio.to_thread(pair.serving.wait, GONE_WITHIN_S)
+    await asyncio.to_thread(wait_for, lambda: not any(map(processes_with, marks)), GONE_WITHIN_S, "no process left")
     unloaded = "successfully unloaded 'vllm'" in pair.leader.log  # 2.51 may keep it until its timeout, and says no goodbye
     assert code == (0 if unloaded else 1)
     assert ("follower.ends: it, or its leader, was told to" in pair.follower.log) is unloaded
-    await asyncio.to_thread(wait_for, lambda: not any(map(processes_with, marks)), GONE_WITHIN_S, "no process left")
 
 
 FAULTS: dict[str, Callable[[Pair], Any]] = {

@@ -16,7 +16,7 @@ from typing import Any
 
 FOLDER_VARIABLE = "TANDEM_TEST_SPOILS"
 PLACES = {
-    "vllm.v1.engine.core": ("engine_step", "EngineCore.step"),
+    "vllm.v1.core.sched.scheduler": ("engine_step", "Scheduler.schedule"),
     "tandem_worker.load": ("engine_client", "EngineLoad.record"),
     "tandem_worker.generation": ("worker_request", "Generator._run"),
     "tandem_worker.shared_memory": ("guard_look", "mapped_files"),
