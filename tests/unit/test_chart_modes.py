@@ -17,6 +17,7 @@ EVERYTHING = ("monitoring.podMonitor.enabled=true", "monitoring.dashboards.enabl
 SPAN = ("worker.nodes=2", "worker.tensorParallelSize=16")
 SPREAD = ("worker.nodes=2", "worker.dataParallelSize=16", 'worker.multiNodeStrategy="data"')
 TIERS = ('worker.sharedMemory="32Gi"', "worker.kvTiers.hostGB=20")
+ENCODE = ("encode.enabled=true", 'encode.embeddings.storageClass="fast"', "encode.embeddings.maxGB=0.5")
 AGG_ROUTER = ("router.enabled=true", 'discovery.kind="etcd"')
 IN_ZONE_A = json.dumps({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
     {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]}}})
@@ -53,6 +54,8 @@ COMBINATIONS: tuple[tuple[str, Sequence[str]], ...] = (
     ("disagg", SPAN),
     ("disagg", ("roles.decode.nodes=4", "roles.decode.dataParallelSize=32", 'roles.decode.multiNodeStrategy="data"')),
     ("disagg", ('platform="cpu"',)),
+    ("agg", (*AGG_ROUTER, *TIERS, 'worker.connector="kvbm"', *ENCODE)),
+    ("disagg", (*ENCODE, "roles.encode.replicas=3", 'roles.encode.autoscaling.kind="hpa"', 'encode.embeddings.existingClaim="images"')),
     ("disagg", ('roles.decode.autoscaling.kind="hpa"',)),
     ("disagg_router", EVERYTHING),
     ("disagg_router", ("roles.prefill.podDisruptionBudget.enabled=false", "router.podDisruptionBudget.enabled=false")),

@@ -10,6 +10,7 @@ import pytest
 from charts import CHART, refusal
 
 ROUTER = ("router.enabled=true", 'discovery.kind="etcd"')
+ENCODE = ("encode.enabled=true",)
 CONTRADICTIONS = (
     ("agg", ('mode="disagg"',), "mode disagg needs a router, which chains prefill and decode: set router.enabled=true"),
     ("agg", ("planner.enabled=true",), "the planner reads the routers' metrics: set router.enabled=true"),
@@ -17,6 +18,18 @@ CONTRADICTIONS = (
     ("disagg", ("roles.aggregated.replicas=2",), "roles.aggregated has values, but mode disagg has no such workers"),
     ("disagg", ('roles.decode.args=["--spec-method","ngram"]',),
      "prefill speculates by nothing and decode by --spec-method ngram, and only workers that speculate alike are paired"),
+    ("agg", ("encode.enabled=true",), "encode workers are asked by a router before the others: set router.enabled=true"),
+    ("disagg", ("roles.encode.replicas=2",), "roles.encode has values, but there are no such workers: set encode.enabled=true"),
+    ("disagg", ('encode.embeddings.existingClaim="x"',), "existingClaim is for encode workers, and there are none"),
+    ("disagg", (*ENCODE, 'roles.encode.connector="nixl"'), "roles.encode: an encode worker has no KV: remove connector and kvTiers"),
+    ("disagg", (*ENCODE, "roles.encode.dataParallelSize=2"), "an encode worker is one engine in one pod: set replicas instead"),
+    ("disagg", (*ENCODE, "roles.prefill.nodes=2", "roles.prefill.tensorParallelSize=2"),
+     "prefill: an engine over several nodes takes no embeddings"),
+    ("disagg", (*ENCODE, "encode.embeddings.maxGB=40"), "encode.embeddings.size 20Gi has no room for maxGB 40: raise it"),
+    ("disagg", (*ENCODE, 'encode.embeddings.accessMode="ReadWriteOnce"'), "ReadWriteOnce can't be mounted on several nodes"),
+    ("disagg", ('worker.args=["--encode","1"]',), "the argument --encode is the chart's: set encode.enabled instead"),
+    ("disagg", ('worker.env=[{"name":"TANDEM_EMBEDDING_FOLDER","value":"/x"}]',),
+     "env has TANDEM_EMBEDDING_FOLDER, which the chart sets itself"),
     ("agg", ('image.tag="1"', f'image.digest="sha256:{"0" * 64}"'), "image.tag and image.digest exclude each other"),
     ("agg", ("service.grpcPort=8000",), "service.httpPort and service.grpcPort are both 8000: give each its own"),
     ("agg", ('networkPolicy.prometheusNamespaceLabels={"kubernetes.io/metadata.name":null}',),
@@ -76,6 +89,8 @@ TYPOS = (
     ('mode="aggregated"', "must be one of"),
     ('router.mode="kv-aware"', "must be one of"),
     ("roles.prefil.replicas=1", "prefil"),
+    ("encode.replicas=2", "replicas"),
+    ("encode.embeddings.maxGB=0", "maxGB"),
     ("roles.prefill.gpus=1", "gpus"),
     ('worker.connector="nixl,kvbm"', "pattern"),
     ('worker.gpuResource="gpu"', "pattern"),

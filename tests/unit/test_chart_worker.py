@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chart's workers: arguments that the launcher takes, variables that are settings, probes, drain, GPUs, engines over several nodes."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -10,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from charts import NAME, NAMESPACE, RELEASE, ROOT, Document, container, environment, find, names, pod, pods, render
-from tandem_cli.serve import options as serve_options
+from chart_workers import launched, parsed, worker_of
+from charts import NAME, NAMESPACE, RELEASE, container, environment, find, names, pod, pods, render
 from tandem_cli.serve.engine_arguments import known_engine_arguments, parse_engine_arguments
-from tandem_cli.serve.options import ServeOptions
 from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.consolidator.config import ConsolidatorSettings
 from tandem_kvbm.consolidator.config import load_settings as load_consolidator
@@ -35,36 +33,6 @@ FOREIGN = {"POD_IP", "HF_HOME", "HF_HUB_OFFLINE", "VLLM_CACHE_ROOT", "TANDEM_PLA
 """Variables that are not settings of ours."""
 TRITON_EXIT_S, TRITON_KILL_S, LAUNCHER_DRAIN_S = 30, 15, 20
 """What `tandem serve` may take to end after SIGTERM, besides draining (docs/configuration.md)."""
-
-
-def worker_of(documents: list[Document], owner: str = "aggregated") -> Document:
-    """The worker's container."""
-    return container(pod(documents, f"{NAME}-{owner}"), "worker")
-
-
-def launched(one: Document, tmp_path: Path, index: str = "1") -> list[str]:
-    """What the image's own entry point makes of a container: the command that it would become."""
-    (tmp_path / "tandem").write_text('#!/bin/sh\nprintf "%s\\n" tandem "$@"\n')
-    (tmp_path / "tandem").chmod(0o755)
-    variables = {**environment(one), "PATH": f"{tmp_path}:{os.environ['PATH']}", "TANDEM_HOME": str(tmp_path), "LWS_WORKER_INDEX": index}
-    # Kubernetes' command replaces the entry point, which is tini and this script; its arguments follow either.
-    script = str(ROOT / "container" / "entrypoint.sh")
-    command = [part.replace("/opt/tandem/container/entrypoint.sh", script) for part in one.get("command", ["tini", "--", script])]
-    arguments = [argument.replace("$(LWS_LEADER_ADDRESS)", "leader.example") for argument in one["args"]]
-    assert command[:2] == ["tini", "--"]
-    done = subprocess.run([*command[2:], *arguments], env=variables, capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def parsed(command: list[str]) -> ServeOptions:
-    """As `tandem serve` parses them."""
-    assert command[:2] == ["tandem", "serve"]
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    serve_options.add_arguments(parser)
-    args, args_passthrough = parser.parse_known_args(command[2:])
-    args.passthrough = args_passthrough
-    return serve_options.parse_options(args)
 
 
 @pytest.mark.parametrize(("mode", "role", "only"), [("agg", "aggregated", None), ("disagg", "prefill", Role.PREFILL),

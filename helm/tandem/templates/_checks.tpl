@@ -11,6 +11,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- if ne .Values.mode "agg" -}}
 {{- include "tandem.checkSpeculation" . -}}
 {{- end -}}
+{{- include "tandem.checkEncode" . -}}
 {{- range $role := splitList " " (include "tandem.roles" .) -}}
 {{- $context := dict "root" $ "role" $role "worker" (include "tandem.workerValues" (dict "root" $ "role" $role) | fromYaml) -}}
 {{- include "tandem.checkParallel" $context -}}
@@ -68,6 +69,46 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- end -}}
 {{- if and $values.networkPolicy.enabled (not $values.networkPolicy.prometheusNamespaceLabels) -}}
 {{- fail "networkPolicy.prometheusNamespaceLabels is empty, which would open the admin ports to every namespace: name Prometheus' namespace by its labels" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Encode workers, and the folder that all workers share with them. */}}
+{{- define "tandem.checkEncode" -}}
+{{- $values := .Values -}}
+{{- $embeddings := $values.encode.embeddings -}}
+{{- if and $values.encode.enabled (not $values.router.enabled) -}}
+{{- fail "encode workers are asked by a router before the others: set router.enabled=true, or encode.enabled=false" -}}
+{{- end -}}
+{{- if and $values.roles.encode (not $values.encode.enabled) -}}
+{{- fail "roles.encode has values, but there are no such workers: set encode.enabled=true, or remove them" -}}
+{{- end -}}
+{{- if and $embeddings.existingClaim (not $values.encode.enabled) -}}
+{{- fail "encode.embeddings.existingClaim is for encode workers, and there are none: set encode.enabled=true, or remove the claim" -}}
+{{- end -}}
+{{- if $values.encode.enabled -}}
+{{- include "tandem.checkEncodeWorkers" . -}}
+{{- $room := mulf $embeddings.maxGB 953.674 | ceil | int -}}
+{{- if and (not $embeddings.existingClaim) (lt (include "tandem.mebibytes" (toString $embeddings.size) | int) $room) -}}
+{{- fail (printf "encode.embeddings.size %s has no room for maxGB %v: raise it, or lower maxGB" $embeddings.size $embeddings.maxGB) -}}
+{{- end -}}
+{{- if and (not $embeddings.existingClaim) (eq $embeddings.accessMode "ReadWriteOnce") (ne $values.discovery.kind "folder") -}}
+{{- fail "encode.embeddings.accessMode ReadWriteOnce can't be mounted on several nodes: use ReadWriteMany, or existingClaim with a claim of one node" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.checkEncodeWorkers" -}}
+{{- range $role := splitList " " (include "tandem.roles" .) -}}
+{{- $worker := include "tandem.workerValues" (dict "root" $ "role" $role) | fromYaml -}}
+{{- if and (eq $role "encode") (or $worker.connector $worker.kvTiers.hostGB $worker.kvTiers.diskGB) -}}
+{{- fail "roles.encode: an encode worker has no KV: remove connector and kvTiers" -}}
+{{- end -}}
+{{- if and (eq $role "encode") (or (gt (int $worker.nodes) 1) (gt (int $worker.dataParallelSize) 1)) -}}
+{{- fail "roles.encode: an encode worker is one engine in one pod: set replicas instead of nodes and dataParallelSize" -}}
+{{- end -}}
+{{- if and (gt (int $worker.nodes) 1) (eq $worker.multiNodeStrategy "tensor") -}}
+{{- fail (printf "%s: an engine over several nodes takes no embeddings, since its followers know nothing of them: set encode.enabled=false, or nodes=1" $role) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -218,7 +259,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- $ours := dict "--tensor-parallel-size" "tensorParallelSize" "--pipeline-parallel-size" "pipelineParallelSize" "--data-parallel-size" "dataParallelSize"
   "--nnodes" "nodes" "--node-rank" "nodes" "--master-addr" "nodes" "--data-parallel-hybrid-lb" "multiNodeStrategy" "--data-parallel-size-local" "nodes"
   "--data-parallel-start-rank" "nodes" "--data-parallel-address" "nodes" "--is-prefill-worker" "mode" "--is-decode-worker" "mode" "--mode" "mode"
-  "--workers" "replicas" "--routers" "router.replicas" "--model" "model.name" "--connector" "connector" "--kv-transfer-config" "connector"
+  "--workers" "replicas" "--encode" "encode.enabled" "--routers" "router.replicas" "--model" "model.name" "--connector" "connector" "--kv-transfer-config" "connector"
   "--discovery" "discovery" "--start-timeout" "startTimeoutSeconds" -}}
 {{- $fixed := list "--http-port" "--grpc-port" "--metrics-port" "--admin-port" "--admin-host" "--kv-event-port" "--side-channel-port" "--grpc-url" "--detach" -}}
 {{- range .worker.args -}}
@@ -238,6 +279,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- $fixed := list "POD_IP" "TANDEM_MODEL" "TANDEM_ROLE" "TANDEM_DISCOVERY" "TANDEM_GRPC_URL" "TANDEM_WORKER_INDEX" "TANDEM_PLATFORM" "TANDEM_CONSOLIDATED_PORT"
   "DYN_SYSTEM_HOST" "DYN_SYSTEM_PORT" "DYN_CONNECTOR" "DYN_VLLM_KV_EVENT_PORT" "DYN_VLLM_IS_PREFILL_WORKER" "DYN_VLLM_IS_DECODE_WORKER" "DYN_HEALTH_CHECK_ENABLED"
   "DYN_KVBM_CPU_CACHE_GB" "DYN_KVBM_DISK_CACHE_GB" "VLLM_NIXL_SIDE_CHANNEL_HOST" "VLLM_NIXL_SIDE_CHANNEL_PORT" "HF_HOME" "HF_TOKEN" "HF_HUB_OFFLINE"
+  "TANDEM_EMBEDDING_FOLDER" "TANDEM_EMBEDDING_MAX_GB" "TANDEM_EMBEDDING_TTL_S"
   "DYN_ROUTER_MODE" "DYN_KV_EVENTS" "DYN_ROUTER_REPLICA_SYNC" "TANDEM_ROUTER_REPLICA_HOST" "TANDEM_ROUTER_REPLICA_PORT" "TANDEM_ROUTER_ADMIN_HOST" "TANDEM_ROUTER_ADMIN_PORT"
   "PROMETHEUS_ENDPOINT" "TANDEM_PLANNER_MODE" "TANDEM_PLANNER_PROFILE_RESULTS_DIR" "TANDEM_PLANNER_CONNECTOR" "TANDEM_PLANNER_FLEET" "TANDEM_PLANNER_NAMESPACE" "TANDEM_PLANNER_STATE" "TANDEM_PLANNER_ADMIN_HOST" "TANDEM_PLANNER_ADMIN_PORT" -}}
 {{- $seen := list -}}

@@ -49,12 +49,17 @@ tandem.dev/role: {{ .role }}
 
 {{/* The roles of this mode, with blanks between. */}}
 {{- define "tandem.roles" -}}
-{{ ternary "aggregated" "prefill decode" (eq .Values.mode "agg") }}
+{{ ternary "aggregated" "prefill decode" (eq .Values.mode "agg") }}{{ if .Values.encode.enabled }} encode{{ end }}
 {{- end -}}
 
-{{/* `worker` with the changes of one role, as YAML: (dict "root" $ "role" "prefill"). */}}
+{{/* `worker` with the changes of one role, as YAML: (dict "root" $ "role" "prefill"). What an encode worker can't have it doesn't inherit. */}}
 {{- define "tandem.workerValues" -}}
-{{- include "tandem.merge" (list .root.Values.worker (get .root.Values.roles .role)) -}}
+{{- $worker := .root.Values.worker -}}
+{{- if eq .role "encode" -}}
+{{- $without := dict "connector" "" "kvTiers" (dict "hostGB" 0 "diskGB" 0 "consolidator" false) "nodes" 1 "dataParallelSize" 1 -}}
+{{- $worker = include "tandem.merge" (list $worker $without) | fromYaml -}}
+{{- end -}}
+{{- include "tandem.merge" (list $worker (get .root.Values.roles .role)) -}}
 {{- end -}}
 
 {{/* Pods of one engine, GPUs of one pod, and data-parallel ranks of one pod. */}}

@@ -21,7 +21,7 @@ What the planner is told. */}}
   value: {{ include "tandem.discoveryUrl" . | quote }}
 - name: TANDEM_PLANNER_MODE
   value: {{ .Values.mode }}
-{{- range $role := splitList " " (include "tandem.roles" .) }}
+{{- range $role := without (splitList " " (include "tandem.roles" .)) "encode" }}
 {{- $worker := include "tandem.workerValues" (dict "root" $ "role" $role) | fromYaml }}
 - name: TANDEM_PLANNER_{{ ternary "PREFILL" "DECODE" (eq $role "prefill") }}_ENGINE_NUM_GPU  # aggregated engines count as decode's
   value: {{ mul (int (include "tandem.gpusPerPod" $worker)) (int $worker.nodes) | quote }}

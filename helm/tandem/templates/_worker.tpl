@@ -7,6 +7,9 @@ The worker's pod. All take (dict "root" $ "role" ROLE "worker" VALUES), VALUES b
 - --is-prefill-worker
 {{- else if eq .role "decode" }}
 - --is-decode-worker
+{{- else if eq .role "encode" }}
+- --workers=0
+- --encode=1
 {{- end }}
 - --start-timeout={{ int .worker.startTimeoutSeconds }}
 {{- include "tandem.engineArgs" . }}
@@ -91,6 +94,14 @@ The worker's pod. All take (dict "root" $ "role" ROLE "worker" VALUES), VALUES b
 - name: DYN_KVBM_KV_EVENTS_ENABLE_CONSOLIDATOR
   value: "false"
 {{- end }}
+{{- if .root.Values.encode.enabled }}
+- name: TANDEM_EMBEDDING_FOLDER
+  value: /embeddings
+- name: TANDEM_EMBEDDING_MAX_GB
+  value: {{ .root.Values.encode.embeddings.maxGB | quote }}
+- name: TANDEM_EMBEDDING_TTL_S
+  value: {{ int .root.Values.encode.embeddings.ttlSeconds | quote }}
+{{- end }}
 {{- with $worker.env }}
 {{ toYaml . }}
 {{- end }}
@@ -135,7 +146,7 @@ ports:
   - {name: metrics, containerPort: 8002}
   - {name: admin, containerPort: 8081}
   - {name: nixl, containerPort: 5600}
-  {{- if and .root.Values.router.enabled (ne .role "decode") }}
+  {{- if and .root.Values.router.enabled (not (has .role (list "decode" "encode"))) }}
   - {name: kv-events, containerPort: 20080}
   - {name: kv-replay, containerPort: 21080}
   {{- end }}
@@ -145,6 +156,9 @@ volumeMounts:
   {{- include "tandem.commonMounts" .root | nindent 2 }}
   {{- if .worker.kvTiers.diskGB }}
   - {name: kv, mountPath: /kv}
+  {{- end }}
+  {{- if .root.Values.encode.enabled }}
+  - {name: embeddings, mountPath: /embeddings}
   {{- end }}
 {{ include "tandem.probes" (dict "port" "admin" "startSeconds" .worker.startTimeoutSeconds) }}
 lifecycle:
@@ -248,10 +262,18 @@ spec:
     - name: kv
       emptyDir: {}
     {{- end }}
+    {{- if .root.Values.encode.enabled }}
+    - name: embeddings
+      persistentVolumeClaim: {claimName: {{ include "tandem.embeddingsClaim" .root }}}
+    {{- end }}
     {{- if include "tandem.consolidated" . }}
     - name: kv-events
       emptyDir: {}
     {{- end }}
+{{- end -}}
+
+{{- define "tandem.embeddingsClaim" -}}
+{{ .Values.encode.embeddings.existingClaim | default (printf "%s-embeddings" (include "tandem.fullname" .)) }}
 {{- end -}}
 
 {{/* Whoever scales the workers keeps his number over an upgrade; the values' number is for the first install. */}}
