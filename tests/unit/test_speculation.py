@@ -180,5 +180,23 @@ def test_steps_with_guesses_are_recorded() -> None:
     figures = {"num_running_reqs": 1, "num_waiting_reqs": 0, "kv_cache_usage": 0.1}
     load.record(SimpleNamespace(**figures, spec_decoding_stats=None), 1)
     assert load.acceptance.length is None
-    load.record(SimpleNamespace(**figures, spec_decoding_stats=SimpleNamespace(num_drafts=2, num_accepted_tokens=6)), 8)
+    load.record(SimpleNamespace(**figures, spec_decoding_stats=_guesses(4, 2)), 8)
     assert load.acceptance.length == 4.0
+
+
+@pytest.mark.parametrize(("accepted", "begun", "computed", "length"), [
+    ((0, 4, 4), 1, 0, 5.0), ((0, 4, 4), 1, 1, 5.0), ((0, 0, 4), 1, 0, 3.0), ((4, 4), 1, 0, 5.0), ((0,), 1, 0, None),
+    ((0, 4), 1, 300, 3.0), ((0, 0, 4), 2, 300, 1 + 4 / 3), ((0, 4), 0, 0, 3.0),
+])
+def test_what_vllm_pads_is_no_guess(accepted: tuple[int, ...], begun: int, computed: int, length: float | None) -> None:
+    """The first step of a handed-over prompt is counted as a refused guess; a prompt that was computed here has no such step."""
+    load = EngineLoad()
+    figures = {"num_running_reqs": 1, "num_waiting_reqs": 0, "kv_cache_usage": 0.1}
+    load.record(SimpleNamespace(**figures, spec_decoding_stats=_guesses(*accepted)), 8, begun, computed)
+    assert load.acceptance.length == length
+
+
+def _guesses(*accepted: int) -> SimpleNamespace:
+    """One step's guesses of four tokens, as vLLM's scheduler sums them up."""
+    by_position = [sum(one > position for one in accepted) for position in range(4)]
+    return SimpleNamespace(num_drafts=len(accepted), num_accepted_tokens=sum(accepted), num_accepted_tokens_per_pos=by_position)

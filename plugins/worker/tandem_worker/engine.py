@@ -79,7 +79,11 @@ def _load_logger(loads: EngineLoads) -> Any:
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
             del mm_cache_stats, engine_idx
-            self._load.record(scheduler_stats, iteration_stats.num_generation_tokens if iteration_stats else 0)
+            if iteration_stats is None:
+                self._load.record(scheduler_stats, 0)
+                return
+            begun, computed = len(iteration_stats.time_to_first_tokens_iter), iteration_stats.prompt_token_stats.computed
+            self._load.record(scheduler_stats, iteration_stats.num_generation_tokens, begun, computed)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say: the worker reports readiness itself."""

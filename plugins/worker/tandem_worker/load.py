@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tandem_protocol.errors import RequestError
-from tandem_worker.speculation import Acceptance
+from tandem_worker.speculation import Acceptance, padded
 
 _SMOOTHING = 0.1
 _IDLE_S = 1.0
@@ -32,15 +32,19 @@ class EngineLoad:
     now: Callable[[], float] = time.monotonic
     _last_step: float = field(default=0.0, repr=False)
 
-    def record(self, scheduler_stats: Any | None, generated_tokens: int) -> None:
-        """Takes one engine step's statistics; a step that generated tokens also updates the step time."""
+    def record(self, scheduler_stats: Any | None, generated_tokens: int, begun: int = 0, computed: int = 0) -> None:
+        """Takes one engine step's statistics; a step that generated tokens also updates the step time.
+
+        `begun` requests got their first token in it, for which `computed` prompt tokens were computed.
+        """
         self.steps += 1
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
             if (guesses := scheduler_stats.spec_decoding_stats) is not None:
-                self.acceptance.record(guesses.num_drafts, guesses.num_accepted_tokens)
+                refused = guesses.num_drafts - guesses.num_accepted_tokens_per_pos[0]
+                self.acceptance.record(guesses.num_drafts - padded(refused, begun, computed), guesses.num_accepted_tokens)
         if generated_tokens > 0:
             self._record_step()
 

@@ -114,8 +114,19 @@ def speculation_of(config: Any) -> str:
     return f"{config.method}({', '.join(details)})"
 
 
+def padded(refused: int, begun: int, computed: int) -> int:
+    """How many of a step's wholly `refused` guesses nobody made.
+
+    The first step of a request whose prompt is there already (a handoff) has one token to compute. vLLM pads it to the size of a guess,
+    for its CUDA graphs, and counts that as one (`Scheduler.schedule`, `pad_spec_decode`). `begun` requests got their first token in this
+    step, for which `computed` prompt tokens were computed in all. If that is more than one each, some had a prompt to compute: then none
+    is told apart, and all count.
+    """
+    return min(begun, refused) if computed <= begun else 0
+
+
 class Acceptance:
-    """How many tokens a guess brings, of late: the gauge behind which Prometheus' rates of vLLM's counters would lag."""
+    """How many tokens a guess brings, of late: without padding, which vLLM's counters hold, and without the lag of Prometheus' rates."""
 
     def __init__(self) -> None:
         self._drafts = self._accepted = 0.0
