@@ -10,6 +10,7 @@ import pytest
 
 from models import make_lora, make_tiny_model
 from servers import free_ports, tandem
+from vision_models import PLACEHOLDER, make_image, make_vision_model
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "examples" / "launch"
@@ -61,5 +62,16 @@ def test_an_adapter_is_loaded_and_named(tmp_path: Path) -> None:
     """The tiny model with an adapter made for it; its text is noise, but it is an answer."""
     model, adapter = make_tiny_model(tmp_path / "model"), make_lora(tmp_path / "adapter")
     answers = launch(tmp_path / "run", "agg_lora.sh", str(adapter), "--model", str(model))
+    assert '"text_output"' in answers
+    assert '"error"' not in answers
+
+
+@pytest.mark.parametrize("script", ["agg_multimodal_epd.sh", "disagg_multimodal_epd.sh"])
+def test_an_image_is_asked_about(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' model that takes images, whose text is noise as well."""
+    (tmp_path / "image.png").write_bytes(make_image(1))
+    monkeypatch.setenv("PLACEHOLDER", PLACEHOLDER)
+    monkeypatch.setenv("MODEL", str(make_vision_model(tmp_path / "model")))
+    answers = launch(tmp_path / "run", script, str(tmp_path / "image.png"))
     assert '"text_output"' in answers
     assert '"error"' not in answers

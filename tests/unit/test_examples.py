@@ -36,6 +36,8 @@ EXPECTED = {
     "disagg_router": ["prefill", "prefill_1", "decode", "decode_1", "disagg", "disagg_1", "router"],
     "agg_kvbm": ["vllm"], "disagg_kvbm": ["prefill", "decode", "disagg"], "agg_lmcache": ["vllm"], "agg_spec_decoding": ["vllm"],
     "agg_spec_decoding_eagle3": ["vllm"],
+    "agg_multimodal_epd": ["vllm", "encode", "encode_agg"],
+    "disagg_multimodal_epd": ["prefill", "decode", "encode", "disagg", "encode_disagg", "router"],
     "agg_lora": ["vllm"], "dep": ["vllm", "router"],
 }
 """The models of each script, over all servers that it starts."""
@@ -62,6 +64,11 @@ def record(script: Path, folder: Path, *arguments: str) -> list[Recorded]:
     subprocess.run([launch / script.name, *arguments], env=environment, check=True, capture_output=True, timeout=60)
     lines = (folder / "record").read_text().splitlines()
     return [Recorded(*json.loads(line)) for line in lines]
+
+
+def given(script: Path, folder: Path) -> list[str]:
+    """What a script asks for before all options: an adapter's folder, an image's file."""
+    return {"agg_lora": [str(folder)], "agg_multimodal_epd": [str(script)], "disagg_multimodal_epd": [str(script)]}.get(script.stem, [])
 
 
 def serve_options(command: Recorded, monkeypatch: pytest.MonkeyPatch) -> ServeOptions:
@@ -100,7 +107,7 @@ def test_a_script_is_sound(script: Path) -> None:
 @pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.stem)
 def test_a_launch_script_is_accepted_by_the_launcher(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `serve` of it parses, on CPUs and on GPUs, and plans the models that the script is about; options of the caller come last."""
-    first = [str(tmp_path)] if script.stem == "agg_lora" else []
+    first = given(script, tmp_path)
     commands = record(script, tmp_path, *first, "--max-model-len", "2048")
     serves = [serve_options(one, monkeypatch) for one in commands if one.arguments[0] == "serve"]
     assert all(serve.detach for serve in serves)
@@ -113,14 +120,16 @@ def test_a_launch_script_is_accepted_by_the_launcher(script: Path, tmp_path: Pat
 @pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.stem)
 def test_a_launch_script_asks_something(script: Path, tmp_path: Path) -> None:
     """After the servers comes a request that the command accepts, to a model that is there."""
-    first = [str(tmp_path)] if script.stem == "agg_lora" else []
+    first = given(script, tmp_path)
     commands = [one.arguments for one in record(script, tmp_path, *first)]
     asked = [one for one in commands if one[0] == "tandem"]
     for command in asked:
         parse_command(command[1:])
     models = [command[command.index("--model") + 1] for command in asked if command[1] == "generate"]
     assert set(models) <= set(EXPECTED[script.stem])
-    assert models or any("/v2/models/vllm/generate" in word for command in commands for word in command)
+    urls = [word for command in commands for word in command if "/v2/models/" in word]
+    assert models or urls
+    assert {url.split("/v2/models/")[1].split("/")[0] for url in urls} <= set(EXPECTED[script.stem])
 
 
 def parse_command(arguments: list[str]) -> argparse.Namespace:
