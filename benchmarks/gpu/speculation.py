@@ -2,9 +2,10 @@
 """Speculative decoding against the same engine without it: the same greedy text, how many guesses are accepted, and how fast it is.
 
 Cases: `plain`; `ngram`, guesses out of the prompt and the answer so far; `draft_model`, whose draft is the target's own checkpoint, so
-that nearly every guess must be accepted; `disagg`, prefill and decode with that draft, whose own KV blocks must travel, too. On a GPU all
-servers run at once, since their starts take longest, and are asked one after the other; on CPUs one server runs at a time. float32, in
-which equal tokens mean equal mathematics. Prints one JSON line; exits with 1 if a check failed.
+that nearly every guess must be accepted; `disagg`, prefill and decode with that draft, whose own KV blocks must travel, too; `eagle3` and
+`disagg_eagle3`, with a head of random weights, whose guesses are refused. On a GPU all servers run at once, since their starts take
+longest, and are asked one after the other; on CPUs one server runs at a time. float32, in which equal tokens mean equal mathematics.
+Prints one JSON line; exits with 1 if a check failed.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.gpu.greedy_texts import Reference, differences
 from benchmarks.gpu.sleep import OK, get, post
 from benchmarks.gpu.speculation_cases import Case, Guesses, Outcome, cases, prompts
+from benchmarks.gpu.speculation_head import make_eagle3_head
 from benchmarks.targets import HOST, command_flags, tandem_command
 
 from tandem_cli.serve.embedded_model import embedded_model
@@ -34,8 +37,8 @@ from tandem_cli.serve.run_state import RunState, read_state
 
 STOP_TIMEOUT_S = 60.0
 GPU_KV_BYTES = 4 << 30
-GPU_SHARE = 0.12
-"""Of the GPU's memory that must be free at an engine's start; five engines start at once."""
+GPU_SHARE = 0.1
+"""Of the GPU's memory that must be free at an engine's start; eight engines start at once."""
 PORTS_PER_SERVER = 100
 LIKELY = 5
 """Log-probabilities asked per token of the reference."""
@@ -63,7 +66,7 @@ class Asked:
         before, started = self._guesses(), time.monotonic()
         answers = [self._answer(text)["output_ids"] for text in texts]
         wall_s, after = time.monotonic() - started, self._guesses()
-        guesses = after.since(before) if self._case.speculative else None
+        guesses = after.since(before).without(len(answers), self._case.padding) if self._case.speculative else None
         return Outcome(self._case.name, sum(map(len, answers)), wall_s, guesses, self._case.least_acceptance,
                        tuple(differences(references, answers)))
 
@@ -159,11 +162,12 @@ def one_by_one(chosen: Sequence[Case], serving: Serving, comparison: Comparison)
 
 
 def together(chosen: Sequence[Case], serving: Serving, comparison: Comparison) -> None:
-    """All servers started at once, asked in turn, stopped at once."""
+    """All servers started at once, asked in turn when none starts any more, so that no start disturbs a figure, and stopped at once."""
     contexts = [serving(case, index) for index, case in enumerate(chosen)]
     with ThreadPoolExecutor(len(chosen)) as pool:
         starts = [pool.submit(context.__enter__) for context in contexts]
         try:
+            wait(starts)  # each has its own deadline
             for case, start in zip(chosen, starts, strict=True):
                 try:
                     comparison.take(case, start.result())
@@ -174,31 +178,40 @@ def together(chosen: Sequence[Case], serving: Serving, comparison: Comparison) -
             list(pool.map(lambda context: context.__exit__(None, None, None), begun))
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def arguments(head: Path) -> argparse.Namespace:
+    """The command line; `head` is where an Eagle3 head is made if a case needs one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="folder of the model (default: the embedded SmolLM2-135M-Instruct)")
-    parser.add_argument("--cases", default="plain,ngram,draft_model,disagg", help="comma-separated, plain first (default: %(default)s)")
+    parser.add_argument("--cases", default="plain,ngram,draft_model,disagg,eagle3,disagg_eagle3",
+                        help="comma-separated, plain first (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=96, help="per prompt (default: %(default)s)")
     parser.add_argument("--speculative-tokens", type=int, default=4, help="guessed at once (default: %(default)s)")
     parser.add_argument("--log-dir", type=Path, default=Path("/tmp/tandem-speculation"), help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=18500, help="first port (default: %(default)s)")
-    parser.add_argument("--start-timeout", type=int, default=110, help="seconds (default: %(default)s)")
+    parser.add_argument("--start-timeout", type=int, default=205,
+                        help="seconds; eight engines that start at once on 16 cores compile slowly (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="accepted: the report is one JSON line anyway")
     args = parser.parse_args()
     args.model = args.model or str(embedded_model())
     names = args.cases.split(",")
-    known = cases(args.model, args.speculative_tokens)
+    known = cases(args.model, str(head), args.speculative_tokens)
     if names[0] != "plain" or not set(names) <= set(known):
         parser.error(f"--cases {args.cases}: name plain first, then any of {', '.join(name for name in known if name != 'plain')}")
     args.cases = [known[name] for name in names]
+    if any((case.speculative or {}).get("model") == str(head) for case in args.cases):
+        make_eagle3_head(Path(args.model), head)
     return args
 
 
 def main() -> int:
     """The command."""
-    args = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        return compare(arguments(Path(scratch) / "eagle3-head"))
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Runs the cases and prints the report; the exit code."""
     args.log_dir.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # kernels written in Triton would multiply float32 as TF32, which has 10 bits
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a time limit must not leave servers behind

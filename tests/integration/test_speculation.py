@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: the text stays the same, guesses come true and are counted, and prefill and decode are paired only if they agree.
 
-Real engines with n-grams, prefill and decode; what is expected comes from transformers, so no second server is needed. Routers over
-mock workers. The long form is the benchmark's own comparison with SmolLM2: n-grams and a draft model, aggregated and disaggregated.
+Real engines, prefill and decode, with n-grams, in the long form also with a draft model and with an Eagle3 head; what is expected comes
+from transformers, so no second server is needed. Routers over mock workers. The long form has the benchmark's own comparison with SmolLM2,
+too, aggregated and disaggregated.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.gpu.speculation_head import make_eagle3_head
 
 from calls import Call, collect, connect, ids_of, prefill
 from prompts import make_prompts
@@ -26,18 +28,33 @@ GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
 TIE = 1e-3
 """Logits closer than this may come in another order when they are added up in another one."""
 ACCEPTED, DRAFTS = "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_drafts_total"
+GUESSED = "vllm:spec_decode_num_draft_tokens_total"
+EXPECTED = {"draft_model": (True, True), "ngram": (False, True), "eagle3": (False, False)}
+"""Whether all guesses are accepted, and whether any is."""
 PREFILLED = "vllm:prompt_tokens_total"
 BYTES, UNPAIRED = "vllm:nixl_bytes_transferred_sum", "tandem_worker_unpaired_handoffs_total"
 MIRROR_S = 30.0
 PROMPT = [(i * 31) % 30000 + 1 for i in range(16 * 20)]
 
 
+@pytest.fixture(scope="module", params=["ngram", pytest.param("draft_model", marks=pytest.mark.slow),
+                                        pytest.param("eagle3", marks=pytest.mark.slow)])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+    """How it speculates: the model's own checkpoint as draft guesses right, a head with random weights doesn't."""
+    if request.param == "ngram":
+        return NGRAM
+    if request.param == "draft_model":
+        return {"method": "draft_model", "model": str(tiny_model), "num_speculative_tokens": 4}
+    head = make_eagle3_head(tiny_model, tmp_path_factory.mktemp("head") / "head")
+    return {"method": "eagle3", "model": str(head), "num_speculative_tokens": 4}
+
+
 @pytest.fixture(scope="module")
-def speculating(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
-    """Prefill and decode with n-grams."""
+def speculating(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, config: dict[str, Any]) -> Iterator[Server]:
+    """Prefill and decode that speculate."""
     limits = ["--max-num-seqs", "8", "--max-model-len", "2048", "--dtype", "float32", "--routers", "0"]
     with serve(tmp_path_factory.mktemp("run"), "--mode", "disagg", "--model", str(tiny_model), *limits,
-               "--speculative-config", json.dumps(NGRAM)) as running:
+               "--speculative-config", json.dumps(config)) as running:
         yield running
 
 
@@ -66,18 +83,27 @@ class Judge:
         return len(answer) == TOKENS and bool((logits.max(dim=1).values - chosen < TIE).all())
 
 
-async def test_the_text_is_the_plain_one_and_guesses_are_accepted(speculating: Server, asked: Any, tiny_model: Path) -> None:
-    """On one engine, and over two with NIXL; all figures of it are on the worker's and on Triton's port."""
-    judge = Judge(tiny_model)
-    for model, first in (("decode", 0), ("disagg", 3)):
-        before, moved = speculating.metric("decode", ACCEPTED), speculating.metric("decode", BYTES)
-        for prompt in make_prompts(6, 40, 300)[first : first + 3]:
+async def test_the_text_is_the_plain_one_and_guesses_are_accepted(speculating: Server, asked: Any, tiny_model: Path,
+                                                                  config: dict[str, Any]) -> None:
+    """On one engine and over two with NIXL, with the same guesses; all figures of it are on the worker's and on Triton's port.
+
+    After each handoff vLLM counts one guess more, whose tokens it pads and refuses.
+    """
+    judge, names = Judge(tiny_model), (ACCEPTED, DRAFTS, GUESSED, BYTES)
+    prompts = make_prompts(3, 40, 300)
+    changes = {}
+    for model in ("decode", "disagg"):
+        before = [speculating.metric("decode", name) for name in names]
+        for prompt in prompts:
             ids = await ids_of(asked, Call(model, prompt=prompt, sampling=GREEDY, returns=("output_ids",)))
             assert judge.is_greedy(prompt, ids), f"{model}: {ids}"
-        assert speculating.metric("decode", ACCEPTED) > before
-        assert (speculating.metric("decode", BYTES) > moved) is (model == "disagg")
-    accepted, drafts = (speculating.metric("decode", name) for name in (ACCEPTED, DRAFTS))
-    assert speculating.metric("decode", "tandem_worker_accept_length") == pytest.approx(1 + accepted / drafts, rel=0.05)
+        changes[model] = [speculating.metric("decode", name) - earlier for name, earlier in zip(names, before, strict=True)]
+    (accepted, drafts, guessed, _), moved = changes["decode"], changes["disagg"].pop()
+    assert changes["disagg"] == [accepted, drafts + len(prompts), guessed + len(prompts) * config["num_speculative_tokens"]]
+    assert changes["decode"][-1] == 0 < moved
+    assert guessed > 0
+    assert (accepted == guessed, accepted > 0) == EXPECTED[config["method"]]
+    assert speculating.metric("decode", "tandem_worker_accept_length") == pytest.approx(1 + accepted / drafts, rel=0.01)
     wait_for(lambda: _shown_by_triton(speculating) >= {ACCEPTED, DRAFTS, "tandem_worker_accept_length"}, MIRROR_S, "Triton to show them")
 
 
@@ -85,13 +111,16 @@ def _shown_by_triton(server: Server) -> set[str]:
     return {line.split("{")[0] for line in get_text(f"http://127.0.0.1:{server.metrics_port}/metrics").splitlines()}
 
 
-async def test_a_handoff_of_another_speculation_is_not_taken(speculating: Server, asked: Any, tiny_model: Path) -> None:
+async def test_a_handoff_of_another_speculation_is_not_taken(speculating: Server, asked: Any, tiny_model: Path,
+                                                             config: dict[str, Any]) -> None:
     """Decode gives it back, computes the prompt by itself, and counts that; the right one is taken."""
     [prompt] = make_prompts(1, 200, 200)
     call = Call("prefill", prompt=prompt, sampling=GREEDY)
     received = handoff.decode(await prefill(asked, call))
-    assert handoff.speculation_of(received) == "ngram(num_speculative_tokens=4, prompt_lookup_min=2, prompt_lookup_max=4)"
-    received[handoff.SPECULATION] = "ngram(num_speculative_tokens=9)"
+    theirs = handoff.speculation_of(received)
+    assert theirs.startswith(f"{config['method']}(")
+    assert all(f"{name}={value}" in theirs for name, value in config.items() if name != "method")
+    received[handoff.SPECULATION] = theirs.replace("num_speculative_tokens=4", "num_speculative_tokens=9")
     moved, unpaired = (speculating.metric("decode", name) for name in (BYTES, UNPAIRED))
     answer = await collect(asked, Call("decode", prompt=prompt, sampling=GREEDY, returns=("output_ids",), handoff=handoff.encode(received)))
     assert Judge(tiny_model).is_greedy(prompt, [token for response in answer for token in response["output_ids"]])
@@ -134,7 +163,7 @@ def test_the_launcher_refuses_a_mistake_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("case", ["ngram", "draft_model", "disagg", "disagg_ngram"])
+@pytest.mark.parametrize("case", ["ngram", "draft_model", "disagg", "disagg_ngram", "eagle3", "disagg_eagle3"])
 def test_smollm2_says_the_same_with_and_without(tmp_path: Path, case: str) -> None:
     """Texts of four prompts equal or at a tie; nine of ten guesses of its own checkpoint accepted."""
     command = [sys.executable, "-m", "benchmarks.gpu.speculation", "--cases", f"plain,{case}", "--prompts", "4", "--output-tokens", "32",

@@ -7,21 +7,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu import speculation as bench
 from benchmarks.gpu.greedy_texts import Difference, Reference, differences
 from benchmarks.gpu.speculation_cases import Case, Guesses, Outcome, cases, prompts
+from benchmarks.gpu.speculation_head import VOCABULARY, make_eagle3_head
+from safetensors.numpy import load_file
 
 from fakes import WAIT_S
 from tandem_cli.serve.run_state import RunState
 from tandem_protocol.admin_site import AdminSite
 
 TOKENS = 6
-CASES = cases("/models/draft", 4)
+GUESSED = 4
+CASES = cases("/models/draft", "/models/head", GUESSED)
 
 
 @dataclass
@@ -36,6 +41,8 @@ class StubServers:
     started: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     drafts: int = 0
+    padded: int = 0
+    """Steps after a handoff, which vLLM counts as refused guesses."""
 
     def __post_init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -73,6 +80,7 @@ class StubServers:
         body: dict[str, Any] = await request.json()
         sampling = json.loads(body["sampling_parameters"])
         self.drafts += 1
+        self.padded += self._answering.padding > 0
         ids = list(range(sampling["max_tokens"]))
         if self._answering.name == self.spoiled:
             ids[2] = 99
@@ -80,7 +88,8 @@ class StubServers:
         return web.json_response({"text_output": "x", "output_ids": ids, "logprobs": json.dumps(steps) if body["return_logprobs"] else ""})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        counts = {"drafts": self.drafts, "draft_tokens": 4 * self.drafts, "accepted_tokens": self.accepted_per_draft * self.drafts}
+        steps = self.drafts + self.padded
+        counts = {"drafts": steps, "draft_tokens": GUESSED * steps, "accepted_tokens": self.accepted_per_draft * self.drafts}
         lines = [f'vllm:spec_decode_num_{name}_total{{engine="0"}} {count}.0\n' for name, count in counts.items()]
         return web.Response(text="".join([*lines, 'vllm:spec_decode_num_drafts_created{engine="0"} 17.0\n']))
 
@@ -106,7 +115,7 @@ def test_equal_texts_and_accepted_guesses_pass(servers: StubServers) -> None:
     plain, _, draft, disagg = report["cases"]
     assert (plain["guesses"], plain["times_plain"], plain["output_tokens"]) == (None, 1.0, 4 * TOKENS)
     assert (draft["guesses"]["accept_length"], draft["guesses"]["acceptance"], draft["guesses"]["drafts"]) == (5.0, 1.0, 4)
-    assert disagg["case"] == "disagg"
+    assert (disagg["case"], disagg["guesses"]) == ("disagg", draft["guesses"])
     assert servers.stopped == ["plain", "ngram", "draft_model", "disagg"]
 
 
@@ -124,6 +133,35 @@ def test_a_draft_that_is_refused_too_often_fails(servers: StubServers) -> None:
     servers.accepted_per_draft = 2
     report = run(servers, "plain", "ngram", "draft_model")
     assert [case["passed"] for case in report["cases"]] == [True, True, False]
+
+
+def test_random_guesses_need_only_be_made(servers: StubServers) -> None:
+    """Those of a head with random weights; of guesses by n-grams one must come true."""
+    servers.accepted_per_draft = 0
+    report = run(servers, "plain", "eagle3", "disagg_eagle3", "ngram")
+    assert [case["passed"] for case in report["cases"]] == [True, True, True, False]
+    assert [case["guesses"]["acceptance"] for case in report["cases"][1:]] == [0.0] * 3
+    assert not Outcome("eagle3", 10, 1.0, Guesses(0, 0, 0), None, ()).passed
+
+
+def test_a_random_head_fits_its_target(tmp_path: Path) -> None:
+    """Its shapes follow the target's configuration; one seed makes the same one again, another one another."""
+    target = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_key_value_heads": 1,
+              "head_dim": 8, "vocab_size": 3 * VOCABULARY, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(target))
+    first, again, other = (make_eagle3_head(tmp_path, tmp_path / name, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    config = json.loads((first / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    tensors = load_file(first / "model.safetensors")
+    assert tensors["fc.weight"].shape == (24, 72)
+    assert tensors["midlayer.self_attn.k_proj.weight"].shape == (8, 48)
+    assert tensors["lm_head.weight"].shape == (VOCABULARY, 24)
+    guessed = tensors["d2t"] + np.arange(VOCABULARY)
+    assert guessed.tolist() == np.flatnonzero(tensors["t2d"]).tolist()
+    weights = [load_file(folder / "model.safetensors")["fc.weight"] for folder in (first, again, other)]
+    assert (weights[0] == weights[1]).all()
+    assert not (weights[0] == weights[2]).all()
 
 
 def test_a_server_that_does_not_start_costs_its_case(servers: StubServers) -> None:
