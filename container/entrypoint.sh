@@ -37,17 +37,17 @@ check_model() {
   esac
 }
 
-# Workers and routers on several hosts meet in etcd: each worker must say where it is reached.
+# Workers and routers on several hosts meet in etcd or in Kubernetes' API: each worker must say where it is reached.
 check_fleet_address() {
   local discovery="${TANDEM_DISCOVERY:-}"
   flag discovery "$@" && return 0
   case "$discovery" in
     "" | file:*) ;;
-    etcd://*)
+    etcd://* | kubernetes | kubernetes:*)
       if [ -z "${TANDEM_GRPC_URL:-}" ] && ! flag grpc-url "$@"; then
         die "with TANDEM_DISCOVERY=$discovery routers on other hosts need this worker's address: set TANDEM_GRPC_URL=HOST:8001 (in Kubernetes: \$(POD_IP):8001)"
       fi ;;
-    *) die "TANDEM_DISCOVERY=$discovery is no discovery: use file:/shared/folder or etcd://host:2379" ;;
+    *) die "TANDEM_DISCOVERY=$discovery is no discovery: use file:/shared/folder, etcd://host:2379 or kubernetes" ;;
   esac
 }
 

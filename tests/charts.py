@@ -18,7 +18,7 @@ HELM = Path(sysconfig.get_path("scripts")) / "helm"
 """From the package helm_binary."""
 VERSIONS = ("1.29", "1.33", "1.37")
 """The oldest that the chart takes, one between, and the newest whose schemas are known."""
-MODES = ("agg", "disagg", "disagg_router", "disagg_planner")
+MODES = ("agg", "disagg", "disagg_router", "disagg_kubernetes", "disagg_planner")
 RELEASE, NAMESPACE = "demo", "llm"
 NAME = f"{RELEASE}-tandem"
 _TIMEOUT_S = 60

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An API server for tests: workloads and their scale, checked against Kubernetes' own schemas and against a Role's rules.
+"""An API server for tests: Leases (`lease_double`), workloads and their scale, checked against Kubernetes' own schemas and a Role's rules.
 
-It records every verb, refuses what the rules don't allow, detects conflicts by resource version, and on demand answers with errors or not
-at all. Its controllers move one replica with each list. LeaderWorkerSets have no schema in `kubernetes_validate`; theirs are not checked.
+It records every verb, refuses what the rules don't allow and, if told so, tokens that it doesn't know, detects conflicts by resource
+version, and on demand answers with errors or not at all. Its controllers move one replica with each list. LeaderWorkerSets have no schema
+in `kubernetes_validate`; theirs are not checked.
 """
 
 import asyncio
 import functools
 import json
 import re
+import ssl
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ from typing import Any
 import kubernetes_validate
 from aiohttp import web
 
-SCHEMAS = kubernetes_validate.latest_version()
+from lease_double import SCHEMAS, LeaseStore, status
+
 NAMESPACE = "llm"
 _LWS_GROUP = "leaderworkerset.x-k8s.io"
 _KINDS = {"deployments": ("apps/v1", "Deployment"), "statefulsets": ("apps/v1", "StatefulSet"),
@@ -88,6 +91,7 @@ class Fault:
     """0: not at all."""
     retry_after: str = ""
     verbs: tuple[str, ...] = ("list", "get", "update")
+    times: int = 1
 
 
 @dataclass
@@ -105,6 +109,12 @@ class KubernetesDouble:
     has_lws: bool = False
     rival: int | None = None
     """Somebody else scales to this between the next read and write."""
+    leases: LeaseStore = field(default_factory=lambda: LeaseStore(NAMESPACE))
+    tokens: set[str] | None = None
+    """Others get a 401; None: nobody needs one."""
+    port: int = 0
+    """0: any, which is kept from then on."""
+    tls: ssl.SSLContext | None = None
     _never: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
 
@@ -112,32 +122,43 @@ class KubernetesDouble:
         """Listens; returns the URL."""
         app = web.Application()
         app.router.add_route("*", f"/apis/{{group}}/{{version}}/namespaces/{NAMESPACE}/{{resource}}{{rest:.*}}", self._answer)
+        self._never = asyncio.Event()
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls, reuse_address=True).start()
+        self.port = self._runner.addresses[0][1]
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
-        """Ends, with what hangs."""
+        """Ends, with what hangs; `start` goes on with what is stored."""
         self._never.set()
+        self.leases.break_watches()
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         group, resource, rest = (request.match_info[name] for name in ("group", "resource", "rest"))
         name, _, sub = rest.strip("/").partition("/")
-        verb = {"GET": "get" if name else "list", "PUT": "update", "PATCH": "patch", "POST": "create", "DELETE": "delete"}[request.method]
+        look = "get" if name else "watch" if request.query.get("watch") == "true" else "list"
+        verb = {"GET": look, "PUT": "update", "PATCH": "patch", "POST": "create", "DELETE": "delete"}[request.method]
         what = f"{resource}/{sub}" if sub else resource
         self.calls.append(f"{verb} {what}")
         if self.faults and verb in self.faults[0].verbs:
-            fault = self.faults.popleft()
+            fault = self.faults[0]
+            fault.times -= 1
+            if fault.times <= 0:
+                self.faults.popleft()
             if not fault.status:
                 await self._never.wait()
             return _status(fault.status, "as the test wants it", {"Retry-After": fault.retry_after} if fault.retry_after else {})
+        if self.tokens is not None and request.headers.get("Authorization", "").lower().removeprefix("bearer ") not in self.tokens:
+            return _status(401, "Unauthorized")
         if not any(group in rule["apiGroups"] and what in rule["resources"] and verb in rule["verbs"] for rule in self.rules):
             return _status(403, f"the role does not allow {verb} {what}")
         if resource == "leaderworkersets" and not self.has_lws:
             return _status(404, "the server could not find the requested resource")
+        if resource == "leases":
+            return await self.leases.answer(request, name)
         if verb == "list":
             return self._list(resource, request.query.get("labelSelector", ""))
         return await self._scale(request, next(one for one in self.objects if (one.resource, one.name) == (resource, name)))
@@ -177,5 +198,4 @@ class KubernetesDouble:
 
 
 def _status(code: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    body = {"apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure", "message": message, "code": code}
-    return web.json_response(body, status=code, headers=headers)
+    return web.json_response(status(code, message), status=code, headers=headers)

@@ -37,6 +37,9 @@ COMBINATIONS: tuple[tuple[str, Sequence[str]], ...] = (
     ("agg", ("router.enabled=true", 'discovery.kind="folder"', 'discovery.folderClaim="meet"')),
     ("agg", ("router.enabled=true", 'discovery.kind="etcd"', 'discovery.etcd.endpoint="etcd.infra:2379"', 'discovery.prefix="a/b"')),
     ("agg", (*AGG_ROUTER, "discovery.etcd.persistence.enabled=true", 'discovery.etcd.persistence.storageClass="fast"')),
+    ("agg", ("router.enabled=true", 'discovery.kind="kubernetes"', "discovery.kubernetes.leaseSeconds=30", *SPREAD)),
+    ("disagg_planner", ('discovery.kind="kubernetes"', 'serviceAccount.annotations={"a/b":"c"}', "roles.decode.nodes=2",
+                        "roles.decode.tensorParallelSize=16")),
     ("agg", ('worker.autoscaling.kind="hpa"', "worker.autoscaling.maxReplicas=8")),
     ("agg", ('worker.autoscaling.kind="keda"', 'worker.autoscaling.prometheusUrl="http://prometheus:9090"', *SPREAD)),
     ("agg", ('model.cache.kind="hostPath"', 'model.cache.hostPath="/srv/models"', "model.offline=true")),
@@ -109,7 +112,8 @@ def test_the_modes_have_their_workloads() -> None:
     workloads = {mode: names(render(mode), "Deployment") | names(render(mode), "StatefulSet") for mode in MODES}
     disagg = {f"{NAME}-prefill", f"{NAME}-decode", f"{NAME}-router", f"{NAME}-etcd"}
     planned = disagg | {f"{NAME}-planner"}
-    assert workloads == {"agg": {f"{NAME}-aggregated"}, "disagg": disagg, "disagg_router": disagg, "disagg_planner": planned}
+    assert workloads == {"agg": {f"{NAME}-aggregated"}, "disagg": disagg, "disagg_router": disagg, "disagg_planner": planned,
+                         "disagg_kubernetes": disagg - {f"{NAME}-etcd"}}
 
 
 def test_nothing_runs_as_root_or_with_a_token() -> None:

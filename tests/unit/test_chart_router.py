@@ -18,8 +18,9 @@ from tandem_cli.serve import options as serve_options
 from tandem_planner.connectors import kubernetes_api
 from tandem_planner.connectors.interface import FLEET_LABEL, ROLE_LABEL, Bounds
 from tandem_planner.connectors.kubernetes import KubernetesConnector
-from tandem_planner.connectors.kubernetes_api import KubernetesApi, api_client
+from tandem_planner.connectors.kubernetes_api import KubernetesApi
 from tandem_protocol.discovery import check_url
+from tandem_protocol.kubernetes_access import api_client
 from tandem_protocol.roles import Role
 from tandem_router.config import load_settings
 
@@ -87,6 +88,7 @@ def test_clients_reach_routers_or_else_workers() -> None:
 @pytest.mark.parametrize(("sets", "url"), [
     (('discovery.kind="etcd"',), f"etcd://{NAME}-etcd.{NAMESPACE}.svc:2379/{NAMESPACE}/{RELEASE}"),
     (('discovery.kind="etcd"', 'discovery.etcd.endpoint="etcd.infra:2379"', 'discovery.prefix="team/a"'), "etcd://etcd.infra:2379/team/a"),
+    (('discovery.kind="kubernetes"', "discovery.kubernetes.leaseSeconds=30"), f"kubernetes://{NAMESPACE}/{NAME}?lease_s=30"),
     (('discovery.kind="folder"', 'discovery.folderClaim="meet"'), f"file:/discovery/{NAMESPACE}/{RELEASE}"),
 ])
 def test_routers_and_workers_meet_in_one_place(sets: tuple[str, ...], url: str) -> None:

@@ -65,7 +65,8 @@ def test_other_roles_are_modules(stage: Stage) -> None:
     [
         (["router"], {}, "set TANDEM_DISCOVERY"),
         (["worker"], {"TANDEM_DISCOVERY": "etcd://etcd:2379"}, "set TANDEM_GRPC_URL=HOST:8001"),
-        (["worker"], {"TANDEM_DISCOVERY": "zookeeper://z"}, "use file:/shared/folder or etcd://host:2379"),
+        (["worker"], {"TANDEM_DISCOVERY": "zookeeper://z"}, "use file:/shared/folder, etcd://host:2379 or kubernetes"),
+        (["worker"], {"TANDEM_DISCOVERY": "kubernetes"}, "set TANDEM_GRPC_URL=HOST:8001"),
         (["worker"], {"TANDEM_MODEL": "/models/absent"}, "mount it"),
         (["worker"], {"TANDEM_HOME": "/proc/absent"}, "/proc/absent can't be written by user"),
         (["consolidator", "--port"], {}, "takes its settings from the environment"),

@@ -12,6 +12,7 @@ from tandem_kvbm.config import KvbmSettings
 from tandem_kvbm.consolidator.config import ConsolidatorSettings
 from tandem_planner.config import PlannerConfig
 from tandem_planner.service_config import ServiceSettings
+from tandem_protocol.kubernetes_access import PodSettings
 from tandem_protocol.settings import specs_of
 from tandem_protocol.version import VERSION
 from tandem_router.config import RouterSettings
@@ -22,7 +23,7 @@ from tandem_worker.images.config import ImageSettings
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
 SETTINGS = (WorkerSettings, ImageSettings, EmbeddingSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, PlannerConfig,
-            ServiceSettings)
+            ServiceSettings, PodSettings)
 
 
 @pytest.mark.parametrize(

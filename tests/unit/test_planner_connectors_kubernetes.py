@@ -17,6 +17,7 @@ from tandem_planner.connectors import kubernetes_api as api
 from tandem_planner.connectors.kubernetes import KubernetesConnector
 from tandem_planner.connectors.kubernetes_api import KubernetesApi
 from tandem_planner.terms import Pool
+from tandem_protocol import kubernetes_access
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.roles import Role
 
@@ -43,7 +44,7 @@ async def cluster(*objects: Object, bounds: Bounds = BOUNDS, **fields: Any) -> A
     double = KubernetesDouble(documented_rules(), list(objects), **fields)
     settings = client.Configuration(host=await double.start())
     settings.proxy = None
-    connector = KubernetesConnector(KubernetesApi(api.api_client(settings), NAMESPACE, bounds.call_s), "tandem", bounds)
+    connector = KubernetesConnector(KubernetesApi(kubernetes_access.api_client(settings), NAMESPACE, bounds.call_s), "tandem", bounds)
     try:
         async with asyncio.timeout(WAIT_S):
             yield double, connector
@@ -186,7 +187,7 @@ async def test_a_change_can_be_cancelled() -> None:
 
 def test_without_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setattr(api.config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    monkeypatch.setattr(kubernetes_access.config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="set KUBECONFIG"):
         api.connect("", 1)

@@ -31,7 +31,7 @@ class TestFile(DiscoveryContract):
         return f"file:{tmp_path / 'run' / 'discovery'}"
 
 
-@pytest.mark.parametrize("url", ["", "memory:", "file:/a/b", "etcd://host:2379/prefix"])
+@pytest.mark.parametrize("url", ["", "memory:", "file:/a/b", "etcd://host:2379/prefix", "kubernetes", "kubernetes://namespace/fleet"])
 def test_known_urls_pass(url: str) -> None:
     """Empty means none."""
     assert check_url(url) == url

@@ -138,7 +138,16 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- define "tandem.checkDiscovery" -}}
 {{- $discovery := .Values.discovery -}}
 {{- if and .Values.router.enabled (eq $discovery.kind "none") -}}
-{{- fail "a router finds its workers in discovery: set discovery.kind to etcd" -}}
+{{- fail "a router finds its workers in discovery: set discovery.kind to etcd or kubernetes" -}}
+{{- end -}}
+{{- if and (eq $discovery.kind "kubernetes") (not .Values.router.enabled) -}}
+{{- fail "discovery.kind kubernetes is for routers, and there is none: set router.enabled=true, or discovery.kind=none" -}}
+{{- end -}}
+{{- if and (eq $discovery.kind "kubernetes") $discovery.prefix -}}
+{{- fail "discovery.prefix is for etcd and folders; in Kubernetes the fleet is the release's name and namespace: remove it, or set discovery.kind=etcd" -}}
+{{- end -}}
+{{- if and (ne (int $discovery.kubernetes.leaseSeconds) 10) (ne $discovery.kind "kubernetes") -}}
+{{- fail (printf "discovery.kubernetes.leaseSeconds is for the kind kubernetes, and the kind is %s: set discovery.kind=kubernetes, or remove it" $discovery.kind) -}}
 {{- end -}}
 {{- if and $discovery.etcd.endpoint (ne $discovery.kind "etcd") -}}
 {{- fail (printf "discovery.etcd.endpoint is for the kind etcd, and the kind is %s: set discovery.kind=etcd, or remove the endpoint" $discovery.kind) -}}
@@ -276,7 +285,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{/* (list WHERE ENV) */}}
 {{- define "tandem.checkEnvironment" -}}
 {{- $where := index . 0 -}}
-{{- $fixed := list "POD_IP" "TANDEM_MODEL" "TANDEM_ROLE" "TANDEM_DISCOVERY" "TANDEM_GRPC_URL" "TANDEM_WORKER_INDEX" "TANDEM_PLATFORM" "TANDEM_CONSOLIDATED_PORT"
+{{- $fixed := list "POD_IP" "POD_NAME" "POD_UID" "POD_NAMESPACE" "TANDEM_MODEL" "TANDEM_ROLE" "TANDEM_DISCOVERY" "TANDEM_GRPC_URL" "TANDEM_WORKER_INDEX" "TANDEM_PLATFORM" "TANDEM_CONSOLIDATED_PORT"
   "DYN_SYSTEM_HOST" "DYN_SYSTEM_PORT" "DYN_CONNECTOR" "DYN_VLLM_KV_EVENT_PORT" "DYN_VLLM_IS_PREFILL_WORKER" "DYN_VLLM_IS_DECODE_WORKER" "DYN_HEALTH_CHECK_ENABLED"
   "DYN_KVBM_CPU_CACHE_GB" "DYN_KVBM_DISK_CACHE_GB" "VLLM_NIXL_SIDE_CHANNEL_HOST" "VLLM_NIXL_SIDE_CHANNEL_PORT" "HF_HOME" "HF_TOKEN" "HF_HUB_OFFLINE"
   "TANDEM_EMBEDDING_FOLDER" "TANDEM_EMBEDDING_MAX_GB" "TANDEM_EMBEDDING_TTL_S"

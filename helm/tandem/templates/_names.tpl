@@ -75,7 +75,14 @@ tandem.dev/role: {{ .role }}
 etcd://{{ $endpoint }}/{{ $prefix }}
 {{- else if eq .Values.discovery.kind "folder" -}}
 file:/discovery/{{ $prefix }}
+{{- else if eq .Values.discovery.kind "kubernetes" -}}
+kubernetes://{{ .Release.Namespace }}/{{ include "tandem.fullname" . }}?lease_s={{ int .Values.discovery.kubernetes.leaseSeconds }}
 {{- end -}}
+{{- end -}}
+
+{{/* Under which account a component's pods run: (dict "root" $ "component" NAME). Routers may more than workers where they look into Leases. */}}
+{{- define "tandem.account" -}}
+{{ include "tandem.fullname" .root }}{{ if and (eq .component "router") (eq .root.Values.discovery.kind "kubernetes") }}-router{{ end }}
 {{- end -}}
 
 {{/* Where requests go in: routers if there are any. */}}

@@ -1,11 +1,11 @@
 {{/* SPDX-License-Identifier: Apache-2.0
 Pieces of pods that several components share. */}}
 
-{{/* Fields of a pod's spec: (dict "root" $ "values" VALUES "component" NAME). */}}
+{{/* Fields of a pod's spec: (dict "root" $ "values" VALUES "component" NAME); "follower" true for one that is not in discovery. */}}
 {{- define "tandem.podFields" -}}
 {{- $root := .root -}}
-serviceAccountName: {{ include "tandem.fullname" $root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ include "tandem.account" . }}
+automountServiceAccountToken: {{ and (eq $root.Values.discovery.kind "kubernetes") (not .follower) }}
 enableServiceLinks: false
 securityContext: {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
 {{- with $root.Values.image.pullSecrets }}
@@ -88,6 +88,14 @@ capabilities:
 {{- else }}
 - name: TANDEM_DISCOVERY
   value: ""
+{{- end }}
+{{- if eq .Values.discovery.kind "kubernetes" }}
+- name: POD_NAME  # with its uid: the pod owns its Leases, which go with it
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+- name: POD_UID
+  valueFrom: {fieldRef: {fieldPath: metadata.uid}}
+- name: POD_NAMESPACE
+  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
 {{- end }}
 - name: HF_HOME
   value: {{ .Values.model.cache.mountPath }}

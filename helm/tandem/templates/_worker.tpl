@@ -241,7 +241,7 @@ metadata:
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}
 spec:
-  {{- include "tandem.podFields" (dict "root" .root "values" .worker "component" .role) | nindent 2 }}
+  {{- include "tandem.podFields" (dict "root" .root "values" .worker "component" .role "follower" .follower) | nindent 2 }}
   terminationGracePeriodSeconds: {{ add (int .worker.leaveDelaySeconds) (int .worker.drainTimeoutSeconds) (int (include "tandem.exitSeconds" .)) }}
   {{- if gt (int .worker.nodes) 1 }}
   initContainers:

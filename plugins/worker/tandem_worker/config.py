@@ -125,7 +125,7 @@ class WorkerSettings:
     )
     discovery: str = setting(
         env="TANDEM_DISCOVERY", default="", parse=check_url,
-        help="Where workers register and routers find them: file:/folder, etcd://host:port[/prefix], or empty for none. "
+        help="Where workers register and routers find them: file:/folder, etcd://host:port[/prefix], kubernetes, or empty for none. "
              "`tandem serve` sets a folder of its run.",
     )
     grpc_url: str = setting(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the connector needs of Kubernetes: workloads by label, and their scale. Edge module: the only one that knows `kubernetes`.
+"""What the connector needs of Kubernetes: workloads by label, and their scale. Edge module: the planner's only one that knows `kubernetes`.
 
-Every call runs on a thread, with a deadline. The client's own retries are off: they would wait as long as a server tells them to. What may
-pass (409, 429, 5xx, deadlines) is tried again here, `TRIES` times. Verbs: `list` on the workloads, `get` and `update` on their scale.
+Every call runs on a thread, with a deadline. What may pass (409, 429, 5xx, deadlines; `tandem_protocol.kubernetes_access`) is tried again
+here, `TRIES` times. Verbs: `list` on the workloads, `get` and `update` on their scale.
 """
 
 import asyncio
@@ -11,15 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-import urllib3
-from kubernetes import client, config
-from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
+from kubernetes import client
 
 from tandem_planner.connectors.interface import ROLE_LABEL
+from tandem_protocol import kubernetes_access as access
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.roles import Role
 
@@ -28,8 +25,7 @@ TRIES = 6
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
 """A server that asks for a longer pause is asked again after this one; the whole change has its own bound."""
-_PASSING = frozenset({409, 429, 500, 502, 503, 504})
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_RIGHTS = "docs/planner.md"
 _LWS = ("leaderworkerset.x-k8s.io", "v1")
 
 
@@ -82,7 +78,7 @@ class KubernetesApi:
         try:
             answer = await self._call(lambda: self._custom.list_namespaced_custom_object(
                 *_LWS, self._namespace, "leaderworkersets", label_selector=selector, _request_timeout=self._call_s))
-        except _MissingError:
+        except access.MissingError:
             return ()
         return tuple(_workload(WorkloadKind.LEADER_WORKER_SET, item) for item in answer["items"])
 
@@ -105,7 +101,7 @@ class KubernetesApi:
             replace(*where, body=scale, _request_timeout=self._call_s)
 
     async def _call(self, call: Callable[[], T]) -> T:
-        """Repeats what may pass. Raises UnavailableError with the last reason, _MissingError for 404."""
+        """Repeats what may pass. Raises UnavailableError with the last reason, MissingError for 404."""
         wait_s, reason = FIRST_WAIT_S, ""
         for attempt in range(TRIES):
             if attempt:
@@ -113,31 +109,16 @@ class KubernetesApi:
                 await asyncio.sleep(wait_s)
             try:
                 return await _on_thread(call)
-            except ApiException as exc:
-                wait_s, reason = _judge(exc, wait_s), f"{exc.status} {exc.reason}"
-            except (urllib3.exceptions.HTTPError, OSError) as exc:
+            except access.ApiException as exc:
+                pause = access.judge(exc, 2 * wait_s, LONGEST_WAIT_S, _RIGHTS)
+                wait_s, reason = pause.wait_s, pause.reason
+            except access.UNREACHABLE as exc:
                 wait_s, reason = min(2 * wait_s, LONGEST_WAIT_S), f"{type(exc).__name__}"
         raise UnavailableError(f"Kubernetes did not do it in {TRIES} tries: {reason}")
 
     async def close(self) -> None:
         """Ends its connections."""
         await asyncio.to_thread(self._client.close)
-
-
-class _MissingError(UnavailableError):
-    """There is no such object, or no such kind."""
-
-
-def _judge(exc: Any, wait_s: float) -> float:
-    """Seconds until the next try. Raises UnavailableError for what won't pass."""
-    if exc.status == 404:
-        raise _MissingError(f"Kubernetes has no such object: {exc.reason}") from exc
-    if exc.status in {401, 403}:
-        raise UnavailableError(f"Kubernetes refuses ({exc.status} {exc.reason}): docs/planner.md lists the rights to give") from exc
-    if exc.status not in _PASSING:
-        raise UnavailableError(f"Kubernetes refuses: {exc.status} {exc.reason} {str(exc.body)[:300]}") from exc
-    asked = str((exc.headers or {}).get("Retry-After", ""))
-    return min(float(asked) if asked.isdigit() else 2 * wait_s, LONGEST_WAIT_S)
 
 
 async def _on_thread(call: Callable[[], T]) -> T:
@@ -180,19 +161,4 @@ def _workload(kind: WorkloadKind, item: dict[str, Any]) -> Workload:
 
 def connect(namespace: str, call_s: float) -> KubernetesApi:
     """The cluster that this process runs in, or else that of the kubeconfig. Raises ConfigError."""
-    settings = client.Configuration()
-    try:
-        try:
-            config.load_incluster_config(client_configuration=settings)
-        except ConfigException:
-            config.load_kube_config(client_configuration=settings)
-    except (ConfigException, OSError) as exc:
-        raise ConfigError(f"there is no cluster to scale in: run in a pod, or set KUBECONFIG ({exc})") from exc
-    own = _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.exists() else "default"
-    return KubernetesApi(api_client(settings), namespace or own, call_s)
-
-
-def api_client(settings: Any) -> Any:
-    """A client that retries nothing by itself."""
-    settings.retries = False
-    return client.ApiClient(settings)
+    return KubernetesApi(access.api_client(access.load_settings("to scale in")), namespace or access.own_namespace(), call_s)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Discovery: where workers (and routers, each kind apart) leave their records, and where routers and planners watch them.
 
-One interface and three stores, chosen by a URL: `memory:` (one process), `file:/folder` (one host, no server), and
-`etcd://host:port[/prefix]` (many hosts). Every store keeps the same contract, written at `Discovery` and
-`Registration`; tests/unit/test_protocol_discovery.py checks it for all.
+One interface and four stores, chosen by a URL: `memory:` (one process), `file:/folder` (one host, no server),
+`etcd://host:port[/prefix]` (many hosts), and `kubernetes[://namespace/fleet]` (one cluster, no server of ours). Every store keeps the
+same contract, written at `Discovery` and `Registration`; tests/discovery_contract.py checks it for all.
 """
 
 import importlib
@@ -19,15 +19,19 @@ _STORES = {
     "memory": "tandem_protocol.discovery.memory:open_memory",
     "file": "tandem_protocol.discovery.file:open_folder",
     "etcd": "tandem_protocol.discovery.etcd:open_etcd",
+    "kubernetes": "tandem_protocol.discovery.kubernetes:open_kubernetes",
 }
-"""Scheme -> what opens it; imported when asked for, so that only users of etcd need its client."""
+"""Scheme -> what opens it; imported when asked for, so that only users of etcd or Kubernetes need their clients."""
+_ALONE = "kubernetes"
+"""The scheme that needs no more: the pod says the rest."""
 
 
 def check_url(url: str) -> str:
     """Returns `url` if a store of its scheme exists; raises ValueError. Empty means no discovery and passes."""
     scheme, colon, _ = url.partition(":")
-    if url and (not colon or scheme not in _STORES):
-        raise ValueError("expected file:/folder, etcd://host:port[/prefix] or memory:, or nothing for no discovery")
+    if url and url != _ALONE and (not colon or scheme not in _STORES):
+        raise ValueError("expected file:/folder, etcd://host:port[/prefix], kubernetes[://namespace/fleet] or memory:, "
+                         "or nothing for no discovery")
     return url
 
 
@@ -37,9 +41,10 @@ def open_discovery(url: str) -> Discovery:
 
 
 def open_collection(url: str, kind: type[R]) -> Discovery[R]:
-    """Opens the store of `url` for records of one kind; touches neither disk nor network yet. The caller closes it.
+    """Opens the store of `url` for records of one kind; asks no store yet. The caller closes it.
 
-    Use one discovery object on one event loop. Raises ConfigError for a URL that no store understands.
+    Use one discovery object on one event loop. Raises ConfigError for a URL that no store understands, and for Kubernetes where there
+    are no credentials.
     """
     try:
         scheme, _, rest = check_url(url).partition(":")

@@ -32,7 +32,8 @@ from etcd3gw.exceptions import Etcd3Exception
 from etcd3gw.lease import Lease
 
 from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, R, Registration, Snapshot, check_same_worker
+from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, R, Registration, Snapshot
+from tandem_protocol.discovery.leased import LeasedRegistration
 from tandem_protocol.discovery.view import View
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.records import Record
@@ -211,90 +212,39 @@ class EtcdDiscovery(Discovery[R]):
             log.warning("discovery.bad_record key=%s error=%s: left out, remove it or update whoever wrote it", key, exc)
 
 
-class EtcdRegistration(Registration[R]):
-    """One key, its lease, and the task that keeps both."""
+class EtcdRegistration(LeasedRegistration[R, Etcd3Client]):
+    """One key and its lease."""
 
     def __init__(self, discovery: EtcdDiscovery[R], record: R) -> None:
+        beat_s = discovery.lease_s / BEATS_PER_LEASE
+        super().__init__(record, discovery.counts, discovery.call, lambda failures: _RETRY_S if failures else beat_s)
         self._discovery = discovery
-        self._record = record
         self._lease: Lease | None = None
-        self._written: R | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def record(self) -> R:
-        """As last asked for."""
-        return self._record
-
-    @property
-    def held(self) -> bool:
-        """Whether the last call to etcd succeeded and stored the latest record."""
-        return self._written is self._record
-
-    def start(self) -> None:
-        """Keeps the lease from now on."""
-        self._task = asyncio.create_task(self._keep_for_ever())
-
-    async def update(self, record: R) -> None:
-        """Writes at once; a failure is repaired by a later beat."""
-        check_same_worker(self._record, record)
-        self._record = record
-        if self._task is not None:
-            await self._try(self.write)
-
-    async def close(self) -> None:
-        """Revokes the lease, and the key with it."""
-        task, self._task = self._task, None
-        if task is None:
-            return
-        task.cancel()
-        await asyncio.wait([task], timeout=_CALL_TIMEOUT_S)
-        with suppress(UnavailableError):
-            await self._discovery.call(self._revoke)
-        self._lease, self._written = None, None
-
-    async def beat(self) -> None:
-        """One turn: keeps the lease, or makes everything anew."""
-        await self._try(self._keep)
-
-    async def _keep_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(self._discovery.lease_s / BEATS_PER_LEASE if self.held else _RETRY_S)
-            await self.beat()
-
-    async def _try(self, step: Callable[[Etcd3Client], None]) -> None:
-        held = self._written is not None
-        try:
-            await self._discovery.call(step)
-        except UnavailableError as exc:
-            self._written = None
-            if held:
-                self._discovery.counts.losses += 1
-                log.warning("discovery.lost worker=%s error=%s: trying again every %g s", self._record.id, exc, _RETRY_S)
-
-    # --- the calls' thread ---
 
     def write(self, client: Etcd3Client) -> None:
-        """Stores the latest record, under the lease there is or a new one."""
+        """Under the lease there is, or a new one."""
         record = self._record
         lease = self._lease or client.lease(ttl=round(self._discovery.lease_s))
         self._lease = None
         client.put(self._discovery.key(record.id), msgspec.json.encode(record), lease=lease)
         self._lease, self._written = lease, record
 
-    def _keep(self, client: Etcd3Client) -> None:
+    def keep(self, client: Etcd3Client) -> None:
+        """Refreshes the lease; one that etcd has forgotten is made anew."""
         if self._lease is not None and self._lease.refresh() > 0:
             if self._written is not self._record:
                 self.write(client)
             return
         self._lease = None
         self.write(client)
-        self._discovery.counts.re_registrations += 1
+        self._counts.re_registrations += 1
         log.info("discovery.registered_again worker=%s", self._record.id)
 
-    def _revoke(self, _: Etcd3Client) -> None:
+    def remove(self, _: Etcd3Client) -> None:
+        """Revokes the lease, and the key with it."""
         if self._lease is not None:
             self._lease.revoke()
+        self._lease = None
 
 
 def _break(stream: requests.Response) -> None:
