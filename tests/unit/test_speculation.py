@@ -123,6 +123,20 @@ def test_what_prefill_and_decode_share_is_in_the_record() -> None:
     assert decode_record(json.dumps(older).encode()).speculation == ""
 
 
+@pytest.mark.parametrize("change", [
+    {"method": "eagle"}, {"model": "org/another-head"}, {"revision": "v2"}, {"num_speculative_tokens": 3}, {"parallel_drafting": True},
+    {"kv_cache_dtype": "fp8"},
+])
+def test_heads_that_differ_are_not_paired(change: dict[str, Any]) -> None:
+    """A head's KV blocks are of use only to the same head; a handoff of another one is given back, and routers don't ask for it."""
+    head = {"method": "eagle3", "model": "org/head", "revision": "v1", "num_speculative_tokens": 2, "parallel_drafting": False,
+            "kv_cache_dtype": None}
+    own, other = (speculation_of(SimpleNamespace(**config)) for config in (head, {**head, **change}))
+    assert is_paired({handoff.SPECULATION: own}, own)
+    assert not is_paired({handoff.SPECULATION: other}, own)
+    assert unpaired([worker("p", speculation=other), worker("q", speculation=own)], worker("d", speculation=own)) == {"p"}
+
+
 def test_only_workers_that_speculate_alike_are_paired() -> None:
     """The sentence names both."""
     same, other, none = (worker(name, speculation=how) for name, how in (("p1", "ngram(k=4)"), ("p2", "ngram(k=2)"), ("p3", "")))
