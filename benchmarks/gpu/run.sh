@@ -108,7 +108,7 @@ _stage_speculation() {
 }
 
 _stage_multimodal() {
-  _bench multimodal vision-8b-shape 330 --timeout 100
+  _bench multimodal vision-8b-shape 410 --timeout 170
 }
 
 # As many points as fit into BUDGET_S; it goes on where it was if OUT/planner-profile has a journal of an earlier run.

@@ -7,6 +7,7 @@ import pytest
 
 from chart_workers import launched, parsed, worker_of
 from charts import NAME, Document, container, environment, find, names, pod, render
+from tandem_planner.arguments import parse as parse_planner
 from tandem_protocol.roles import Role
 from tandem_worker.config import load_settings
 from tandem_worker.encode.config import embedding_transfer
@@ -83,3 +84,15 @@ def test_the_role_is_scaled_guarded_and_reached_like_the_others() -> None:
     assert f"{NAME}-encode" in names(documents, "PodDisruptionBudget")
     [policy] = [one for one in documents if one["kind"] == "NetworkPolicy" and one["metadata"]["name"] == f"{NAME}-workers"]
     assert policy["spec"]["podSelector"]["matchExpressions"][0]["values"] == ["prefill", "decode", "encode"]
+
+
+def test_the_planner_scales_them_only_if_it_may() -> None:
+    """Its settings and its rights go together."""
+    for most, scaled in ((0, False), (3, True)):
+        documents = render("disagg_planner", *ENCODE, f"planner.maxEncode={most}", "roles.encode.tensorParallelSize=2")
+        planner = parse_planner([], environment(container(pod(documents, f"{NAME}-planner"), "planner")))
+        assert (planner.config.max_encode, Role.ENCODE in planner.config.roles) == (most, scaled)
+        assert planner.config.decode_engine_num_gpu == 1
+        assert planner.config.encode_engine_num_gpu == (2 if scaled else 1)
+        scales = [name for rule in find(documents, "Role", f"{NAME}-planner")["rules"] for name in rule.get("resourceNames", ())]
+        assert (f"{NAME}-encode" in scales) is scaled

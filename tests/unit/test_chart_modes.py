@@ -62,6 +62,8 @@ COMBINATIONS: tuple[tuple[str, Sequence[str]], ...] = (
     ("disagg", ('roles.decode.autoscaling.kind="hpa"',)),
     ("disagg_router", EVERYTHING),
     ("disagg_router", ("roles.prefill.podDisruptionBudget.enabled=false", "router.podDisruptionBudget.enabled=false")),
+    ("disagg_planner", (*ENCODE, "planner.maxEncode=3")),
+    ("disagg_planner", (*ENCODE, 'roles.encode.autoscaling.kind="hpa"')),
     ("disagg_planner", ('planner.profileConfigMap="profile"', 'planner.args=["--ttft=300"]')),
     ("disagg_planner", ("roles.decode.nodes=2", "roles.decode.tensorParallelSize=16", "monitoring.podMonitor.enabled=false")),
 )

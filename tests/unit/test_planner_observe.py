@@ -104,6 +104,7 @@ def figures(*, needs_router: bool = True, **changes: tuple[Sample, ...]) -> Work
     whole = {
         "kv": (Sample(ADMIN, 0.5), Sample({"instance": "other:1"}, 0.9)), "waiting": (Sample(ADMIN, 3),), "age": (Sample(ADMIN, 1),),
         "prefill": (Sample({"worker": "vllm-1/0"}, 100), Sample({"worker": "vllm-1/1"}, 20), Sample({"worker": "vllm-11/0"}, 7)),
+        "active": (Sample({"worker": "vllm-1/0"}, 4), Sample({"worker": "vllm-1/1"}, 1)),
         "router_age": (Sample({"worker": "vllm-1/0"}, 1), Sample({"worker": "vllm-1/1"}, 2)),
     }
     return WorkerFigures({**whole, **changes}, max_age_s=30, needs_router=needs_router)
@@ -112,8 +113,16 @@ def figures(*, needs_router: bool = True, **changes: tuple[Sample, ...]) -> Work
 def test_a_workers_load_is_found_by_its_admin_port_and_id() -> None:
     """Over its ranks, and nobody else's."""
     loads, missing = read_loads([worker()], figures())
-    assert loads == {Role.AGGREGATED: (WorkerLoad("vllm-1", queued_requests=3, queued_prefill_tokens=120, kv_use=0.5),)}
+    assert loads == {Role.AGGREGATED: (WorkerLoad("vllm-1", queued_requests=3, queued_prefill_tokens=120, kv_use=0.5, active_requests=5),)}
     assert missing == ()
+
+
+def test_an_encode_worker_is_not_known_without_its_requests() -> None:
+    """Which only routers count; another role's load is whole without them."""
+    for role, known in ((Role.ENCODE, False), (Role.PREFILL, True)):
+        loads, missing = read_loads([worker(role=role)], figures(active=()))
+        assert (role in loads, not missing) == (known, known)
+    assert read_loads([worker(role=Role.ENCODE)], figures(needs_router=False, active=()))[1] == ()
 
 
 def test_workers_behind_one_port_are_told_apart_by_their_model() -> None:

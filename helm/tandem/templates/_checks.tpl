@@ -82,6 +82,9 @@ Values that contradict each other stop the rendering with one sentence, which sa
 {{- if and $values.roles.encode (not $values.encode.enabled) -}}
 {{- fail "roles.encode has values, but there are no such workers: set encode.enabled=true, or remove them" -}}
 {{- end -}}
+{{- if and $values.planner.maxEncode (not (and $values.encode.enabled $values.planner.enabled)) -}}
+{{- fail "planner.maxEncode is for a planner with encode workers: set encode.enabled=true and planner.enabled=true, or maxEncode=0" -}}
+{{- end -}}
 {{- if and $embeddings.existingClaim (not $values.encode.enabled) -}}
 {{- fail "encode.embeddings.existingClaim is for encode workers, and there are none: set encode.enabled=true, or remove the claim" -}}
 {{- end -}}
@@ -253,7 +256,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
 
 {{- define "tandem.checkScaling" -}}
 {{- $scaling := .worker.autoscaling -}}
-{{- if and .root.Values.planner.enabled (ne $scaling.kind "none") -}}
+{{- if and .root.Values.planner.enabled (ne $scaling.kind "none") (has .role (splitList " " (include "tandem.plannedRoles" .root))) -}}
 {{- fail (printf "%s: planner and autoscaling would scale against each other: set autoscaling.kind=none, or planner.enabled=false" .role) -}}
 {{- end -}}
 {{- if and (ne $scaling.kind "none") (gt (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
@@ -290,7 +293,7 @@ Values that contradict each other stop the rendering with one sentence, which sa
   "DYN_KVBM_CPU_CACHE_GB" "DYN_KVBM_DISK_CACHE_GB" "VLLM_NIXL_SIDE_CHANNEL_HOST" "VLLM_NIXL_SIDE_CHANNEL_PORT" "HF_HOME" "HF_TOKEN" "HF_HUB_OFFLINE"
   "TANDEM_EMBEDDING_FOLDER" "TANDEM_EMBEDDING_MAX_GB" "TANDEM_EMBEDDING_TTL_S"
   "DYN_ROUTER_MODE" "DYN_KV_EVENTS" "DYN_ROUTER_REPLICA_SYNC" "TANDEM_ROUTER_REPLICA_HOST" "TANDEM_ROUTER_REPLICA_PORT" "TANDEM_ROUTER_ADMIN_HOST" "TANDEM_ROUTER_ADMIN_PORT"
-  "PROMETHEUS_ENDPOINT" "TANDEM_PLANNER_MODE" "TANDEM_PLANNER_PROFILE_RESULTS_DIR" "TANDEM_PLANNER_CONNECTOR" "TANDEM_PLANNER_FLEET" "TANDEM_PLANNER_NAMESPACE" "TANDEM_PLANNER_STATE" "TANDEM_PLANNER_ADMIN_HOST" "TANDEM_PLANNER_ADMIN_PORT" -}}
+  "PROMETHEUS_ENDPOINT" "TANDEM_PLANNER_MODE" "TANDEM_PLANNER_PROFILE_RESULTS_DIR" "TANDEM_PLANNER_CONNECTOR" "TANDEM_PLANNER_MAX_ENCODE" "TANDEM_PLANNER_FLEET" "TANDEM_PLANNER_NAMESPACE" "TANDEM_PLANNER_STATE" "TANDEM_PLANNER_ADMIN_HOST" "TANDEM_PLANNER_ADMIN_PORT" -}}
 {{- $seen := list -}}
 {{- range index . 1 -}}
 {{- if has .name $fixed -}}

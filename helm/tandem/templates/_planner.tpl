@@ -1,6 +1,12 @@
 {{/* SPDX-License-Identifier: Apache-2.0
 What the planner is told. */}}
 
+{{/* The roles that it scales. */}}
+{{- define "tandem.plannedRoles" -}}
+{{- $roles := splitList " " (include "tandem.roles" .) -}}
+{{- join " " (ternary $roles (without $roles "encode") (gt (int .Values.planner.maxEncode) 0)) -}}
+{{- end -}}
+
 {{- define "tandem.plannerArgs" -}}
 - planner
 {{- range .Values.planner.args }}
@@ -21,10 +27,14 @@ What the planner is told. */}}
   value: {{ include "tandem.discoveryUrl" . | quote }}
 - name: TANDEM_PLANNER_MODE
   value: {{ .Values.mode }}
-{{- range $role := without (splitList " " (include "tandem.roles" .)) "encode" }}
+{{- range $role := splitList " " (include "tandem.plannedRoles" .) }}
 {{- $worker := include "tandem.workerValues" (dict "root" $ "role" $role) | fromYaml }}
-- name: TANDEM_PLANNER_{{ ternary "PREFILL" "DECODE" (eq $role "prefill") }}_ENGINE_NUM_GPU  # aggregated engines count as decode's
+- name: TANDEM_PLANNER_{{ get (dict "prefill" "PREFILL" "encode" "ENCODE") $role | default "DECODE" }}_ENGINE_NUM_GPU  # aggregated engines count as decode's
   value: {{ mul (int (include "tandem.gpusPerPod" $worker)) (int $worker.nodes) | quote }}
+{{- end }}
+{{- with .Values.planner.maxEncode }}
+- name: TANDEM_PLANNER_MAX_ENCODE
+  value: {{ . | quote }}
 {{- end }}
 {{- if .Values.planner.profileConfigMap }}
 - name: TANDEM_PLANNER_PROFILE_RESULTS_DIR

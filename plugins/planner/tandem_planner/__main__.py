@@ -71,7 +71,7 @@ def _assemble(chosen: Chosen, stack: contextlib.AsyncExitStack) -> tuple[Planner
     traffic = TrafficQueries(service.metrics_source, service.metrics_model, service.metrics_namespace)
     observer = Observer(prometheus, traffic, discovery.list if discovery is not None else None, service.metrics_max_age_s, time.time)
     metrics = PlannerMetrics()
-    gpus = {role: config.gpus(role) for role in config.mode.roles}
+    gpus = {role: config.gpus(role) for role in config.roles}
     parts = Parts(brain, observer, connector, metrics, gpus, Path(service.state) if service.state else None)
     loop = PlannerLoop(parts, Rhythm(service.start_delay_s, config.load_interval, config.adjustment_interval), saved)
     stack.push_async_callback(loop.close)
@@ -82,7 +82,7 @@ def _connector(chosen: Chosen, discovery: Discovery | None, stack: contextlib.As
     """Closed by the loop; discovery by the stack."""
     if discovery is not None:
         stack.push_async_callback(discovery.close)
-    opened = open_connector(Means(chosen.service, chosen.config.mode.roles, discovery.list if discovery is not None else None))
+    opened = open_connector(Means(chosen.service, chosen.config.roles, discovery.list if discovery is not None else None))
     return DryRunConnector(opened) if chosen.config.no_operation else opened
 
 

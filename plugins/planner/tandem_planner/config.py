@@ -90,11 +90,22 @@ class PlannerConfig:
     min_decode: int | None = setting(
         env="TANDEM_PLANNER_MIN_DECODE", default=None, parse=_count, unit="workers", help="The same for decode workers alone.",
     )
+    max_encode: int = setting(
+        env="TANDEM_PLANNER_MAX_ENCODE", default=0, parse=_count, unit="workers",
+        help="Encode workers at most, beside the pools of the mode; 0: they are left alone. Scaled by load only, as no profile knows them.",
+    )
+    min_encode: int = setting(
+        env="TANDEM_PLANNER_MIN_ENCODE", default=1, parse=parse_int(1, 10_000), unit="workers",
+        help="Encode workers at least, whatever min_endpoint is: an empty pool has no load by which it could grow.",
+    )
     prefill_engine_num_gpu: int = setting(
         env="TANDEM_PLANNER_PREFILL_ENGINE_NUM_GPU", default=1, parse=_gpus, unit="GPUs", help="GPUs of one prefill engine.",
     )
     decode_engine_num_gpu: int = setting(
         env="TANDEM_PLANNER_DECODE_ENGINE_NUM_GPU", default=1, parse=_gpus, unit="GPUs", help="GPUs of one decode or aggregated engine.",
+    )
+    encode_engine_num_gpu: int = setting(
+        env="TANDEM_PLANNER_ENCODE_ENGINE_NUM_GPU", default=1, parse=_gpus, unit="GPUs", help="GPUs of one encode engine.",
     )
     profile_results_dir: str = setting(
         env="TANDEM_PLANNER_PROFILE_RESULTS_DIR", default="", parse=str,
@@ -197,18 +208,35 @@ class PlannerConfig:
         env="TANDEM_PLANNER_DECODE_SCALE_DOWN_KV_RATE", default=50.0, parse=parse_float(0, 100), unit="% of KV blocks",
         help="Without a profile: every engine must be below it for the pool to shrink.",
     )
+    encode_scale_up_requests: float = setting(
+        env="TANDEM_PLANNER_ENCODE_SCALE_UP_REQUESTS", default=8.0, parse=parse_float(0.1, 1e6), unit="requests",
+        help="Requests at one encode worker above which the pool grows. 8: images that a worker reads at a time.",
+    )
+    encode_scale_down_requests: float = setting(
+        env="TANDEM_PLANNER_ENCODE_SCALE_DOWN_REQUESTS", default=4.0, parse=parse_float(0, 1e6), unit="requests",
+        help="Every encode worker must be below it for the pool to shrink.",
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("ttft", self.ttft), ("itl", self.itl), ("isl", self.isl), ("osl", self.osl)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}, but must be above 0: set {specs_of(PlannerConfig)[name].env}")
-        least = sum(self.floor(role) * self.gpus(role) for role in self.mode.roles)
+        if self.max_encode and not self.load_scaling:
+            raise ConfigError("encode workers are scaled by load only: leave load_scaling on, or set max_encode to 0")
+        if 0 < self.max_encode < self.min_encode:
+            raise ConfigError(f"min_encode is {self.min_encode} and max_encode {self.max_encode}: raise max_encode or lower min_encode")
+        least = sum(self.floor(role) * self.gpus(role) for role in self.roles)
         if self.budget is not None and least > self.budget:
             raise ConfigError(f"the fewest workers need {least} GPUs, but the budget is {self.budget}: "
                               "raise max_gpu_budget or lower min_endpoint")
         if self.load_interval > self.adjustment_interval:
             raise ConfigError(f"load_interval ({self.load_interval:g} s) is beyond adjustment_interval "
                               f"({self.adjustment_interval:g} s): lower it")
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Every pool that is scaled; encode workers last, since others can do their work."""
+        return (*self.mode.roles, Role.ENCODE) if self.max_encode else self.mode.roles
 
     @property
     def budget(self) -> int | None:
@@ -227,12 +255,17 @@ class PlannerConfig:
 
     def floor(self, role: Role) -> int:
         """Workers that the pool keeps."""
-        own = {Role.PREFILL: self.min_prefill, Role.DECODE: self.min_decode}.get(role)
+        own: int | None = {Role.PREFILL: self.min_prefill, Role.DECODE: self.min_decode, Role.ENCODE: self.min_encode}.get(role)
         return self.min_endpoint if own is None else own
+
+    def ceiling(self, role: Role) -> int | None:
+        """Workers that the pool has at most; None: the budget alone bounds it."""
+        return self.max_encode if role is Role.ENCODE else None
 
     def gpus(self, role: Role) -> int:
         """GPUs of one engine."""
-        return self.prefill_engine_num_gpu if role is Role.PREFILL else self.decode_engine_num_gpu
+        own = {Role.PREFILL: self.prefill_engine_num_gpu, Role.ENCODE: self.encode_engine_num_gpu}
+        return own.get(role, self.decode_engine_num_gpu)
 
 
 def load_config(flags: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None) -> PlannerConfig:

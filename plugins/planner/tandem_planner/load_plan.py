@@ -5,6 +5,7 @@ An engine's pressure is its load over the threshold for more workers:
     prefill   prompt tokens queued / what can be computed before a new prompt would miss its TTFT (without a profile: a setting)
     decode    KV use / the use at which the ITL is reached, or requests that wait / `WAITING_REQUESTS`, whichever is more
     agg       the larger of both
+    encode    requests at the worker, as routers or its engine count them / a setting; most of their time is spent before the engine
 Up if any engine is above 1 at two looks in a row, or above `PANIC` at one: by a quarter for each unit of pressure, the mean over all
 engines, by one worker at least and to twice as many at most. A queue says how much was too much for a while, not what is needed for ever;
 and if it goes on, so does the growth. Nothing is added while a queue falls so fast that it will be gone before a worker could come. The
@@ -43,6 +44,8 @@ class Thresholds:
     """Prompt tokens of a request whose tokens aren't known."""
     calm: float
     """Pressure that no engine may exceed for the pool to shrink; 1 where a profile makes the check of the survivors enough."""
+    requests: float = math.inf
+    """At an encode worker."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class LoadVerdict:
 
 def thresholds(role: Role, config: PlannerConfig, model: SlaModel, demand: Demand) -> Thresholds:
     """From profile and targets, else from the settings. `demand` gives the lengths."""
+    if role is Role.ENCODE:
+        most = config.encode_scale_up_requests
+        return Thresholds(math.inf, 1.0, demand.computed_isl, min(1.0, config.encode_scale_down_requests / most), most)
     most_kv, tokens = config.decode_scale_up_kv_rate / 100, config.prefill_scale_up_queue_tokens
     planned = model.plans(role) and config.throughput_scaling
     if planned and role is not Role.DECODE:
@@ -72,6 +78,8 @@ def thresholds(role: Role, config: PlannerConfig, model: SlaModel, demand: Deman
 
 def pressure(role: Role, load: WorkerLoad, bounds: Thresholds) -> float:
     """Of one engine; above 1 it has too much."""
+    if role is Role.ENCODE:
+        return max(load.active_requests, load.queued_requests) / bounds.requests
     tokens = max(load.queued_prefill_tokens, load.queued_requests * bounds.isl)
     prefill = tokens / bounds.queue_tokens
     decode = max(load.kv_use / bounds.kv_use, load.queued_requests / WAITING_REQUESTS)

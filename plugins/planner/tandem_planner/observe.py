@@ -22,7 +22,7 @@ Answers = Mapping[str, tuple[Sample, ...]]
 Records = Callable[[], Awaitable[tuple[WorkerRecord, ...]]]
 _FIGURES = ("isl", "osl", "request_s", *(f"{what}_{part}" for what in ("ttft", "itl") for part in ("mean", *PERCENTILES)))
 _LOAD_QUERIES = {"kv": queries.KV_USE, "waiting": queries.WAITING, "age": queries.WORKER_AGE}
-_ROUTER_QUERIES = {"prefill": queries.PREFILL_TOKENS, "router_age": queries.ROUTER_AGE}
+_ROUTER_QUERIES = {"prefill": queries.PREFILL_TOKENS, "active": queries.ACTIVE_REQUESTS, "router_age": queries.ROUTER_AGE}
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class WorkerFigures:
         kv, waiting, age = mine["kv"], mine["waiting"], mine["age"]
         if kv is None or waiting is None or age is None or age > self.max_age_s or not 0 <= kv <= 1 or waiting < 0:
             return None
-        prefill = self._prefill_tokens(record)
-        if prefill is None and self.needs_router:
+        prefill, active = (self._of_router(name, record) for name in ("prefill", "active"))
+        if self.needs_router and (prefill is None or (active is None and record.role is Role.ENCODE)):
             return None
-        return WorkerLoad(record.id, queued_requests=waiting, queued_prefill_tokens=prefill or 0.0, kv_use=kv)
+        return WorkerLoad(record.id, waiting, prefill or 0.0, kv, active or 0.0)
 
     def _find(self, name: str, record: WorkerRecord, neighbours: int) -> float | None:
         instance = urlsplit(record.admin_url).netloc
@@ -88,12 +88,12 @@ class WorkerFigures:
             found = [sample for sample in found if sample.labels.get("model_name") == record.triton_model]
         return only_value(tuple(found))
 
-    def _prefill_tokens(self, record: WorkerRecord) -> float | None:
+    def _of_router(self, name: str, record: WorkerRecord) -> float | None:
         """Over all ranks."""
-        tokens, ages = (self._ranks(name, record) for name in _ROUTER_QUERIES)
-        if not tokens or not all(math.isfinite(value) and value >= 0 for value in tokens) or max(ages, default=math.inf) > self.max_age_s:
+        found, ages = (self._ranks(query, record) for query in (name, "router_age"))
+        if not found or not all(math.isfinite(value) and value >= 0 for value in found) or max(ages, default=math.inf) > self.max_age_s:
             return None
-        return sum(tokens)
+        return sum(found)
 
     def _ranks(self, name: str, record: WorkerRecord) -> list[float]:
         return [sample.value for sample in self.answers.get(name, ()) if sample.labels.get("worker", "").rpartition("/")[0] == record.id]

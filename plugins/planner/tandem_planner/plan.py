@@ -70,7 +70,7 @@ class Planner:
         return Decision(observation.at_s, granted, self._reason(observation, wishes, granted), terms + self._result_terms(wishes, granted))
 
     def _pools(self, observation: Observation) -> dict[Role, Pool]:
-        return {role: observation.pools[role] for role in self._config.mode.roles if role in observation.pools}
+        return {role: observation.pools[role] for role in self._config.roles if role in observation.pools}
 
     def _told(self, observation: Observation) -> PlannerState:
         state = self._state
@@ -97,7 +97,7 @@ class Planner:
     def _granted(self, state: PlannerState, observation: Observation, wishes: Mapping[Role, Wish]) -> tuple[PlannerState, dict[Role, int]]:
         """After the budget. A pool that can't be read counts with what it was last told, and gets no more."""
         asks = {role: Ask(one.workers, self._config.gpus(role), self._config.floor(role)) for role, one in wishes.items()}
-        unread = {role: last for role in self._config.mode.roles if role not in wishes and (last := state.of(role).target) is not None}
+        unread = {role: last for role in self._config.roles if role not in wishes and (last := state.of(role).target) is not None}
         held = sum(workers * self._config.gpus(role) for role, workers in unread.items())
         least = sum(ask.floor * ask.gpus for ask in asks.values())
         budget = None if self._config.budget is None else max(least, self._config.budget - held)

@@ -17,6 +17,8 @@ WORKER_AGE = 'time() - min by (instance, model_name) (timestamp(vllm:kv_cache_us
 """Seconds since a worker was scraped, of its oldest series."""
 PREFILL_TOKENS = 'max by (worker) (tandem_router_worker_load{what="active_prefill_tokens"})'
 """By `worker id/rank`. Routers that share their books show the same load, so that a sum would count it twice."""
+ACTIVE_REQUESTS = 'max by (worker) (tandem_router_worker_load{what="active_requests"})'
+"""Likewise: requests that routers have on a worker."""
 ROUTER_AGE = "time() - max by (worker) (timestamp(tandem_router_worker_load))"
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 REQUESTS, AGE, CACHED_FRACTION = "requests", "age", "cached_fraction"

@@ -108,6 +108,10 @@ class ServiceSettings:
     triton_decode: str = setting(
         env="TANDEM_PLANNER_TRITON_DECODE", default="decode*", parse=str, help="The same for decode workers.",
     )
+    triton_encode: str = setting(
+        env="TANDEM_PLANNER_TRITON_ENCODE", default="encode encode_[0-9]*", parse=str,
+        help="The same for encode workers; not the ensembles, which begin alike.",
+    )
     kubernetes_namespace: str = setting(
         env="TANDEM_PLANNER_NAMESPACE", default="", parse=str,
         help="Namespace of the workers; empty for the planner's own, which is all that its role allows.",
@@ -152,5 +156,6 @@ class ServiceSettings:
     @property
     def triton_patterns(self) -> Mapping[Role, tuple[str, ...]]:
         """Role -> names of its models."""
-        named = {Role.AGGREGATED: self.triton_aggregated, Role.PREFILL: self.triton_prefill, Role.DECODE: self.triton_decode}
+        named = {Role.AGGREGATED: self.triton_aggregated, Role.PREFILL: self.triton_prefill, Role.DECODE: self.triton_decode,
+                 Role.ENCODE: self.triton_encode}
         return {role: parse_words(text) for role, text in named.items()}

@@ -61,6 +61,9 @@ def wish(role: Role, state: RoleState, pool: Pool, load: LoadVerdict, config: Pl
     bounded = min(now + step, max(now - step, found.workers))
     if bounded != found.workers:
         found = Wish(bounded, f"{found.why}; {step} at a time")
+    ceiling = config.ceiling(role)
+    if ceiling is not None and found.workers > ceiling:
+        return Wish(ceiling, f"{found.why}; {ceiling} are the most")
     return Wish(floor, "the fewest that are kept") if found.workers < floor else found
 
 

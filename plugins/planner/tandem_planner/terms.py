@@ -61,6 +61,8 @@ class WorkerLoad:
     queued_prefill_tokens: float = 0.0
     kv_use: float = 0.0
     """Of its KV blocks: 0 to 1."""
+    active_requests: float = 0.0
+    """That routers have sent it and that it hasn't answered; 0 without a router's metrics."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from tandem_protocol.roles import Role
 
 T = TypeVar("T")
 _DECISION, _SCALED = "decision_id", "scaled_decision_id"
-_KEYS = {Role.PREFILL: "num_prefill_workers", Role.DECODE: "num_decode_workers", Role.AGGREGATED: "num_aggregated_workers"}
+_KEYS = {Role.PREFILL: "num_prefill_workers", Role.DECODE: "num_decode_workers", Role.AGGREGATED: "num_aggregated_workers",
+         Role.ENCODE: "num_encode_workers"}
 _TRIES = 5
 
 
