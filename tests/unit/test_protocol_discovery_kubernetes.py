@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from kubernetes.config.config_exception import ConfigException
 
 from discovery_contract import WAIT_S, DiscoveryContract, ids, until, worker
 from kubernetes_double import NAMESPACE, Fault
@@ -245,13 +246,15 @@ async def test_an_api_server_that_hangs_is_away_too(server: KubernetesServer, he
 
 
 async def test_a_server_that_asks_for_a_pause_gets_it(server: KubernetesServer, here: KubernetesDiscovery, there: Discovery) -> None:
-    """429 and 503 pass; the registration is not lost by them for longer than they last."""
+    """429 and 503 pass; the registration is not lost by them for longer than they last, nor hurried."""
     registration = await here.register(worker())
+    started = time.monotonic()
     server.do(lambda: server.double.faults.extend([Fault(429, "1", verbs=("patch",)), Fault(503, verbs=("patch",))]))
     await registration.set_state(WorkerState.DRAINING)
     assert not registration.held
     async with aclosing(there.watch()) as watch:
         await until(watch, lambda snapshot: snapshot.records == (worker(state=WorkerState.DRAINING),))
+    assert time.monotonic() - started > 1.0
 
 
 async def test_a_lease_that_somebody_removed_is_made_anew(server: KubernetesServer, here: KubernetesDiscovery, there: Discovery) -> None:
@@ -343,6 +346,22 @@ async def test_a_token_that_was_rotated_is_read_again(pod: KubernetesServer, ope
     assert not registration.held
     await registration.beat()  # type: ignore[attr-defined]
     assert registration.held
+
+
+async def test_a_token_that_cannot_be_read_passes(pod: KubernetesServer, opened: Callable[..., KubernetesDiscovery]) -> None:
+    """The kubelet may be just writing it: that is an outage like any other, and ends neither watch nor registration."""
+    here = opened()
+
+    def unreadable(_: object) -> None:
+        raise ConfigException("Token file exists but empty.")
+
+    settings = here._leases._client.configuration
+    before, settings.refresh_api_key_hook = settings.refresh_api_key_hook, unreadable
+    with pytest.raises(UnavailableError, match=r"does not answer \(ConfigException\)"):
+        await here.list()
+    settings.refresh_api_key_hook = before
+    assert await here.list() == ()
+    assert pod.double.calls == ["list leases"]
 
 
 async def test_a_server_that_the_ca_does_not_know_gets_nothing(pod: KubernetesServer, opened: Callable[..., KubernetesDiscovery],

@@ -23,8 +23,8 @@ from tandem_protocol.settings import resolve, setting
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where every pod with a token finds it, the cluster's CA and its namespace."""
-UNREACHABLE = (urllib3.exceptions.HTTPError, OSError)
-"""No answer, or half of one."""
+UNREACHABLE = (urllib3.exceptions.HTTPError, OSError, ConfigException)
+"""No answer, half of one, or a token that can't be read just now."""
 _PASSING = frozenset({0, 409, 429, 500, 502, 503, 504})
 """0 is the library's word for a TLS handshake that failed, as while certificates are being changed."""
 

@@ -217,7 +217,7 @@ class EtcdRegistration(LeasedRegistration[R, Etcd3Client]):
 
     def __init__(self, discovery: EtcdDiscovery[R], record: R) -> None:
         beat_s = discovery.lease_s / BEATS_PER_LEASE
-        super().__init__(record, discovery.counts, discovery.call, lambda failures: _RETRY_S if failures else beat_s)
+        super().__init__(record, discovery.counts, discovery.call, lambda failures, _: _RETRY_S if failures else beat_s)
         self._discovery = discovery
         self._lease: Lease | None = None
 

@@ -71,6 +71,11 @@ def backoff_s(failures: int) -> float:
     return min(_FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
 
 
+def asked_s(failure: UnavailableError | None) -> float:
+    """The pause that the server asked for."""
+    return failure.wait_s if isinstance(failure, BusyError) else 0.0
+
+
 class KubernetesDiscovery(Discovery[R]):
     """Records in Leases."""
 
@@ -166,11 +171,15 @@ class KubernetesRegistration(LeasedRegistration[R, Leases]):
     """One Lease."""
 
     def __init__(self, discovery: KubernetesDiscovery[R], record: R) -> None:
-        beat_s = discovery.address.lease_s / BEATS_PER_LEASE
-        # A little earlier than a third of the lease, and never in step with the others of a fleet that started together.
-        super().__init__(record, discovery.counts, discovery.call,
-                         lambda failures: min(backoff_s(failures), beat_s) if failures else beat_s * random.uniform(0.85, 1.0))  # noqa: S311 - no secret
+        super().__init__(record, discovery.counts, discovery.call, self._until_next_s)
+        self._beat_s = discovery.address.lease_s / BEATS_PER_LEASE
         self._made = False
+
+    def _until_next_s(self, failures: int, failure: UnavailableError | None) -> float:
+        """A little earlier than a third of the lease, and never in step with the others of a fleet that started together."""
+        if not failures:
+            return self._beat_s * random.uniform(0.85, 1.0)  # noqa: S311 - no secret
+        return max(min(backoff_s(failures), self._beat_s), asked_s(failure))
 
     def write(self, client: Leases) -> None:
         """Into the Lease there is, or a new one."""
@@ -233,7 +242,7 @@ class KubernetesWatch(Generic[R]):
                 self._failures += 1
                 if not self._stopping.is_set():
                     self._send(self._view.lost(str(exc)))
-                    self._stopping.wait(exc.wait_s if isinstance(exc, BusyError) and exc.wait_s else backoff_s(self._failures))
+                    self._stopping.wait(max(backoff_s(self._failures), asked_s(exc)))
         self._leases.close()
 
     def turn(self) -> None:

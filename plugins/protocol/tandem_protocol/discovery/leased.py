@@ -27,14 +27,15 @@ Call = Callable[[Callable[[C], None]], Awaitable[None]]
 class LeasedRegistration(Registration[R], Generic[R, C]):
     """Kept alive by a task of the event loop from `start` on."""
 
-    def __init__(self, record: R, counts: Counts, call: Call[C], pause_s: Callable[[int], float]) -> None:
-        """`call` runs a step and raises UnavailableError; `pause_s` is the time to the next beat, by failures in a row."""
+    def __init__(self, record: R, counts: Counts, call: Call[C], pause_s: Callable[[int, UnavailableError | None], float]) -> None:
+        """`call` runs a step and raises UnavailableError; `pause_s` is the time to the next beat, by failures in a row and the last one."""
         self._record = record
         self._counts = counts
         self._call = call
         self._pause_s = pause_s
         self._written: R | None = None
         self._failures = 0
+        self._failure: UnavailableError | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -75,17 +76,17 @@ class LeasedRegistration(Registration[R], Generic[R, C]):
 
     async def _keep_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._pause_s(self._failures))
+            await asyncio.sleep(self._pause_s(self._failures, self._failure))
             await self.beat()
 
     async def _try(self, step: Callable[[C], None]) -> None:
         held = self._written is not None
         try:
             await self._call(step)
-            self._failures = 0
+            self._failures, self._failure = 0, None
         except UnavailableError as exc:
             self._written = None
-            self._failures += 1
+            self._failures, self._failure = self._failures + 1, exc
             if held:
                 self._counts.losses += 1
                 log.warning("discovery.lost worker=%s error=%s: trying again", self._record.id, exc)
