@@ -5,7 +5,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -388,6 +388,23 @@ def test_wrong_addresses_are_refused(rest: str) -> None:
     """With the way to write them."""
     with pytest.raises(ConfigError, match="kubernetes://namespace/fleet"):
         parse_address(rest)
+
+
+async def test_a_renewal_on_the_full_second_is_taken(server: KubernetesServer, here: Discovery,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes wants a fraction in its MicroTimes."""
+
+    class FullSecond(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5, 0, tzinfo=UTC)
+
+    monkeypatch.setattr("tandem_protocol.discovery.kubernetes_leases.datetime", FullSecond)
+    registration = await here.register(worker())
+    await registration.beat()  # type: ignore[attr-defined]
+    assert registration.held
+    (body,) = server.double.leases.objects.values()
+    assert body["spec"]["renewTime"].startswith("2026-01-02T03:04:05.000001")
 
 
 def test_pauses_grow_up_to_a_bound_and_are_spread() -> None:

@@ -108,8 +108,11 @@ class Change:
 
 
 def micro_time(now: datetime) -> str:
-    """A MicroTime of a time in UTC. For people who look: nobody's decision rests on it."""
-    return now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    """A MicroTime of a time in UTC. For people who look: nobody's decision rests on it.
+
+    Never on the full second: the client library writes times anew, then without the fraction, and Kubernetes takes no MicroTime without.
+    """
+    return now.replace(microsecond=now.microsecond or 1).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def renewal(now: datetime) -> Body:
