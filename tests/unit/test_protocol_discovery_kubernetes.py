@@ -191,6 +191,7 @@ async def test_a_watch_goes_on_after_410_and_after_a_broken_connection(server: K
     assert there.counts.losses == 0
 
 
+@pytest.mark.slow
 async def test_an_api_server_away_for_longer_than_a_lease(server: KubernetesServer, here: Discovery, there: Discovery) -> None:
     """The view stays and says so; the records are still there when it returns, and every worker has a whole lease to renew."""
     registration = await here.register(worker())

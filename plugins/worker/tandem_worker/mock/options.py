@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     process.add_argument("--admin-port", type=int, default=0, help="0 for any")
     process.add_argument("--event-port", type=int, default=0, help="first of two per worker (PUB, replay); 0 for any")
     process.add_argument("--no-events", dest="events", action="store_false", help="publish no KV events")
-    process.add_argument("--discovery", default="", help="where to register: file:/folder, etcd://host:port; nowhere if empty")
+    process.add_argument("--discovery", default="", help="where to register: file:/folder, etcd://host:port, kubernetes; nowhere if empty")
     process.add_argument("--response-rate", type=int, default=0, help="responses/s, as TANDEM_RESPONSE_RATE of a worker; 0 for no bound")
     faults.add_argument("--die-after", type=int, default=0, help="a worker dies once it has generated so many tokens; 0 for never")
     faults.add_argument("--die-worker", type=int, default=0, help="which worker that is")
