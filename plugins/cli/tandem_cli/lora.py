@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in actions.choices.values():
         action.add_argument("--url", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
         action.add_argument("--admin-port", type=int, default=8081, help="admin port of worker 0; worker n adds n to it (default: 8081)")
-        action.add_argument("--discovery", default="", help="all workers of this discovery instead: file:/folder, etcd://host:port[/prefix], kubernetes")
+        action.add_argument("--discovery", default="", help="all workers of this discovery instead: file:/folder, etcd://..., kubernetes")
         action.add_argument("--timeout-s", type=positive_float, default=660.0, help="deadline in seconds (default: %(default)s)")
         action.add_argument("--json", action="store_true", help="print one JSON object")
 
