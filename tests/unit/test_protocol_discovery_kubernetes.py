@@ -232,6 +232,15 @@ async def test_an_api_server_that_lost_everything(server: KubernetesServer, here
     assert here.counts.re_registrations == 1
 
 
+async def test_registering_without_an_api_server_fails_in_time(server: KubernetesServer, here: Discovery) -> None:
+    """The worker retries, and a watch that starts then has an empty view that is not current."""
+    server.stop()
+    with pytest.raises(UnavailableError, match="look at its API server, or mend TANDEM_DISCOVERY"):
+        await here.register(worker())
+    snapshot = await until(here.watch(), lambda _: True)
+    assert (snapshot.records, snapshot.current) == ((), False)
+
+
 @pytest.mark.slow
 async def test_an_api_server_that_hangs_is_away_too(server: KubernetesServer, here: KubernetesDiscovery, there: Discovery) -> None:
     """Every request has its deadline."""
