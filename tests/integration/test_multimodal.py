@@ -20,7 +20,8 @@ from calls import Call, collect, connect
 from servers import Server, serve, wait_for
 from vision_models import PLACEHOLDER, make_image, make_vision_model
 
-# In the long suite until it has been run once; then all but E/P/D belong into the normal run (two engines, some 20 requests).
+# In the long suite for its engines' start: on one busy core two took 149 s, and all requests but those of E/P/D 12 s. The normal run has
+# files, URLs and their errors (test_images), the connector over a folder (test_embeddings), the encode leg (test_router_encoding).
 pytestmark = pytest.mark.slow
 
 PROMPT = f"Once upon a time somebody looked out of the window for a very long while and wrote down what there was: {PLACEHOLDER} It shows"
@@ -178,7 +179,7 @@ async def test_hosts_that_are_not_allowed_and_files_are_refused(client: Any, sit
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_encode_prefill_decode_changes_no_token(vision_model: Path, tmp_path: Path) -> None:
-    """P/D, E/P/D by ensemble and by the router say what the aggregated worker says; grids reach decode, blocks come by NIXL."""
+    """EP/D, E/P/D by ensemble and by the router say what the aggregated worker says; grids reach decode, blocks come by NIXL."""
     images = [new_image(112, 84), new_image(56, 140)]
     two = f"{PROMPT} and then {PLACEHOLDER} too"
     with serve(tmp_path / "agg", "--model", str(vision_model), "--mode", "agg", "--routers", "0", *LIMITS) as plain:
@@ -192,6 +193,8 @@ async def test_encode_prefill_decode_changes_no_token(vision_model: Path, tmp_pa
                     fresh = tuple(file + bytes([n]) for file in files)
                     assert (await answer_of(client, call_with(*fresh, model=model, prompt=prompt)))[0] == ids, model
         assert server.metric("prefill", LOADED) == 2 * len(images), "by ensemble and by router, each image once"
+        assert server.metric("prefill", MISSED) == len(images), "EP/D: through disagg nobody encoded before it"
+        assert server.metric("decode", LOADED) == 0, "whoever decodes needs no embedding"
         assert server.metric("decode", "vllm:nixl_bytes_transferred_sum") > 0
         assert server.metric("decode", "vllm:nixl_num_failed_transfers_total") == 0
         assert server.metric("decode", MISSED) == 0
