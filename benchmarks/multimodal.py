@@ -11,13 +11,14 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Way:
     engines: int = 1
 
 
+class CutShortError(Exception):
+    """SIGTERM came: what is measured by then is reported."""
+
+
 AGGREGATED = Way("aggregated", Front(("vllm",), ("vllm",)))
 SPLIT = Way("encode_split", Front(("encode_agg",), ("vllm",)), encoders=1)
 TWO = Way("two_engines", Front(("vllm", "vllm_1"), ("vllm", "vllm_1")), engines=2)
@@ -60,17 +65,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "python -m benchmarks.multimodal " + " ".join(argv or sys.argv[1:])
     report: dict[str, Any] = {"hardware": machine.describe(), "command": command, "versions": hardware.versions(), "model": model,
                               "engine_arguments": arguments, "failures": {}}
-    for way in (AGGREGATED, SPLIT, *((TWO,) if args.two_engines or len(machine.gpus) > 1 else ())):
-        _say(way, "begin")
-        try:
-            report[way.name] = {"placement": placement(way, len(machine.gpus)), **_run(way, model, arguments, args)}
-            _say(way, json.dumps(report[way.name]))
-        except (BenchmarkError, OSError, TimeoutError) as exc:
-            report["failures"][way.name] = str(exc) or type(exc).__name__
-            _say(way, report["failures"][way.name])
+    ways = (AGGREGATED, SPLIT, *((TWO,) if args.two_engines or len(machine.gpus) > 1 else ()))
+    with suppress(CutShortError), _cut_short_by_sigterm():
+        for way in ways:
+            _take(way, report, len(machine.gpus), args)
     report |= ratios(report)
     print(json.dumps(report) if args.json else json.dumps(report, indent=1), flush=True)
     return 1 if report["failures"] else 0
+
+
+@contextmanager
+def _cut_short_by_sigterm() -> Iterator[None]:
+    def cut(*_: object) -> None:
+        raise CutShortError
+
+    before = signal.signal(signal.SIGTERM, cut)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _take(way: Way, report: dict[str, Any], gpus: int, args: argparse.Namespace) -> None:
+    """Runs one way into the report. Raises CutShortError, with the way among the failures."""
+    _say(way, "begin")
+    report["failures"][way.name] = "cut short by SIGTERM"
+    try:
+        report[way.name] = {"placement": placement(way, gpus), **_run(way, report["model"], report["engine_arguments"], args)}
+        del report["failures"][way.name]
+        _say(way, json.dumps(report[way.name]))
+    except (BenchmarkError, OSError, TimeoutError) as exc:
+        report["failures"][way.name] = str(exc) or type(exc).__name__
+        _say(way, report["failures"][way.name])
 
 
 def _say(way: Way, what: str) -> None:

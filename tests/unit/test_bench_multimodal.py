@@ -2,8 +2,12 @@
 """The benchmark of images: what it sends, what it counts, and when a split is none."""
 
 import asyncio
+import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,3 +121,25 @@ def test_counters_are_summed_over_engines_and_placements_told() -> None:
     assert bench.placement(bench.AGGREGATED, 2) == "1 GPU"
     assert bench.placement(bench.SPLIT, 1) == "2 engines share 1 GPU"
     assert bench.placement(bench.TWO, 2) == "2 engines, a GPU each"
+
+
+def test_what_was_measured_is_reported_when_it_is_cut_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                            tmp_path: Path) -> None:
+    """By SIGTERM in the second of three ways; the third isn't begun, and the signal means afterwards what it meant before."""
+    begun = []
+
+    def run(one: bench.Way, *_: object) -> dict[str, Any]:
+        begun.append(one.name)
+        if one is bench.SPLIT:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return way(2.0, (0.1,))
+
+    monkeypatch.setattr(bench, "_run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert bench.main(["--json", "--model", "none", "--two-engines", "--log-dir", str(tmp_path)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert begun == ["aggregated", "encode_split"]
+    assert report["aggregated"]["images_again"]["images"] == 3
+    assert report["failures"] == {"encode_split": "cut short by SIGTERM"}
+    assert report["split_vs_agg_images_per_s"] is None
+    assert signal.getsignal(signal.SIGTERM) is before
