@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.gpu.greedy_texts import Difference
 
 LEAST_DRAFT_ACCEPTANCE = 0.9
-"""Of guesses by the target's own checkpoint, after a handoff, too: all were on CPUs."""
+"""Of guesses by the target's own checkpoint, after a handoff, too: all were, on CPUs and on an H200."""
 REPEATED = "The red lamp stands by the green door, the blue boat waits at the old pier, and the tall clock strikes nine. "
 QUESTIONS = ("List the days of the week, five times.", "Count from one to forty in words.", "Why is the sky blue?",
              "Repeat the word harbour twenty times.", "Tell a story about a violin and a river.")
