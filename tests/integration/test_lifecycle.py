@@ -68,7 +68,8 @@ async def streaming(server: Server) -> AsyncIterator["asyncio.Task[Any]"]:
 async def test_kill_9(tmp_path: Path, tiny_model: Path, victim: Callable[[Server], psutil.Process], message: str) -> None:
     """The request in flight ends with an error, the server goes down so that a supervisor restarts it, nothing is left."""
     shm, scratch = shm_files(), scratch_folders()
-    with serve(tmp_path, "--mode", "agg", "--model", str(tiny_model), "--max-model-len", "4096") as server:
+    arguments = ("--mode", "agg", "--model", str(tiny_model), "--max-model-len", "4096")
+    with serve(tmp_path, *arguments, TANDEM_SERVER_EXIT_TIMEOUT_S="10") as server:
         run_id = f"TANDEM_RUN_ID={server.state['run_id']}"
         async with streaming(server) as task:
             victim(server).send_signal(signal.SIGKILL)

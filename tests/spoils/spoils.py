@@ -31,8 +31,11 @@ class SpoiledError(RuntimeError):
 
 
 def install() -> None:
-    """From now on the modules above are spoiled as they are imported."""
+    """From now on the modules above are spoiled as they are imported, here and in processes that `multiprocessing` spawns."""
     sys.meta_path.insert(0, _Finder())
+    main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) is None:  # Triton's stub: its EngineCore ignores PYTHONPATH, but runs this file first
+        main.__file__ = str(Path(__file__).with_name("sitecustomize.py"))
 
 
 class _Finder(MetaPathFinder):
