@@ -264,7 +264,7 @@ async def test_two_ranks_and_a_folder_of_the_operators_double_nothing(tmp_path: 
     """Prometheus' client in its multi-process mode in the stub, too: the same figures, and nothing is left behind."""
     given = tmp_path / "given"
     given.mkdir()
-    arguments = ["--mode", "agg", "--model", str(tiny_model), "--max-model-len", "2048", "--data-parallel-size", "2"]
+    arguments = ["--mode", "agg", "--routers", "0", "--model", str(tiny_model), "--max-model-len", "2048", "--data-parallel-size", "2"]
     with serve(tmp_path / "run", *arguments, PROMETHEUS_MULTIPROC_DIR=str(given), TANDEM_METRICS_LABELS="zone=a,model=never",
                DYN_NAMESPACE="prod", TMPDIR=str(tmp_path)) as server:
         async with connect(server.grpc_url) as client:
