@@ -14,6 +14,7 @@ from kubernetes.config.config_exception import ConfigException
 from discovery_contract import WAIT_S, DiscoveryContract, ids, until, worker
 from kubernetes_double import NAMESPACE, Fault
 from kubernetes_server import TOKEN, VERBS, KubernetesServer, make_certificates, rules
+from servers import wait_for
 from tandem_protocol import kubernetes_access
 from tandem_protocol.discovery import Discovery, Snapshot, open_discovery
 from tandem_protocol.discovery import kubernetes as module
@@ -172,9 +173,8 @@ async def test_clocks_of_pods_may_differ(server: KubernetesServer, here: Kuberne
 
 async def until_calls(server: KubernetesServer, since: int, verb: str, count: int) -> None:
     """Waits until the server was asked so often."""
-    async with asyncio.timeout(WAIT_S):
-        while sum(call.startswith(verb) for call in server.double.calls[since:]) < count:  # noqa: ASYNC110 - the double has no event
-            await asyncio.sleep(0.01)
+    asked = lambda: sum(call.startswith(verb) for call in server.double.calls[since:]) >= count  # noqa: E731 - a condition
+    await asyncio.to_thread(wait_for, asked, WAIT_S, f"{count} times {verb}")
 
 
 async def test_a_watch_goes_on_after_410_and_after_a_broken_connection(server: KubernetesServer, here: Discovery, there: Discovery) -> None:
@@ -225,9 +225,7 @@ async def test_an_api_server_that_lost_everything(server: KubernetesServer, here
         server.do(server.double.leases.wipe)
         server.start()
         assert ids(await until(watch, lambda snapshot: snapshot.current)) == ["vllm-1"]
-        async with asyncio.timeout(WAIT_S):
-            while here.counts.re_registrations < 1:  # noqa: ASYNC110 - counts have no event
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for, lambda: here.counts.re_registrations >= 1, WAIT_S, "a registration made anew")
         assert ids(await until(there.watch(), lambda snapshot: snapshot.current)) == ["vllm-1"]
     assert here.counts.re_registrations == 1
 
@@ -314,9 +312,7 @@ async def test_the_long_dead_are_swept(server: KubernetesServer, opened: Callabl
     await here.register(worker("alive"))
     async with aclosing(there.watch()) as watch:
         await until(watch, lambda snapshot: ids(snapshot) == ["alive", "dead"])
-        async with asyncio.timeout(WAIT_S):
-            while len(server.double.leases.objects) > 1:  # noqa: ASYNC110 - the double has no event
-                await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_for, lambda: len(server.double.leases.objects) == 1, WAIT_S, "the dead one's Lease to go")
     assert [body["spec"]["holderIdentity"] for body in server.double.leases.objects.values()] == ["alive"]
     assert there.counts.swept == 1
 
@@ -343,7 +339,7 @@ async def test_a_pods_records_go_with_it(pod: KubernetesServer, opened: Callable
     assert here.address == parse_address(f"//{NAMESPACE}/tandem")
     pod.do(lambda: pod.double.leases.remove_pod("uid-0"))
     assert await opened("kubernetes").list() == ()
-    assert opened("kubernetes://elsewhere")._leases._owner is None
+    assert opened("kubernetes://elsewhere")._client._owner is None
 
 
 async def test_a_token_that_was_rotated_is_read_again(pod: KubernetesServer, opened: Callable[..., KubernetesDiscovery]) -> None:
@@ -366,7 +362,7 @@ async def test_a_token_that_cannot_be_read_passes(pod: KubernetesServer, opened:
     def unreadable(_: object) -> None:
         raise ConfigException("Token file exists but empty.")
 
-    settings = here._leases._client.configuration
+    settings = here._client._client.configuration
     before, settings.refresh_api_key_hook = settings.refresh_api_key_hook, unreadable
     with pytest.raises(UnavailableError, match=r"does not answer \(ConfigException\)"):
         await here.list()

@@ -10,19 +10,15 @@ etcd away: registrations retry every second and write their latest record under 
 (`view.py`). The process never depends on etcd for anything but news.
 """
 
-import asyncio
 import base64
 import json
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -31,9 +27,9 @@ from etcd3gw.client import Etcd3Client
 from etcd3gw.exceptions import Etcd3Exception
 from etcd3gw.lease import Lease
 
-from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, R, Registration, Snapshot
+from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, R
 from tandem_protocol.discovery.leased import LeasedRegistration
+from tandem_protocol.discovery.remote import Publish, RemoteDiscovery, WatchThread
 from tandem_protocol.discovery.view import View
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.records import Record
@@ -45,13 +41,10 @@ DEFAULT_PORT = 2379
 DEFAULT_PREFIX = "/tandem"
 _CONNECT_TIMEOUT_S = 1.0
 _READ_TIMEOUT_S = 2.0
-_CALL_TIMEOUT_S = 8.0
-"""Of a whole turn on the calls' thread, which may be several requests and a wait for its turn."""
 _RETRY_S = 1.0
 """Between two tries while etcd is away: well below the lease that watchers grant after its return."""
 _LOST = (Etcd3Exception, requests.RequestException, ValueError, KeyError)
 """No answer, an error, or an answer that is none of etcd's (of a proxy, say)."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,85 +124,33 @@ def _text(encoded: str) -> str:
     return base64.b64decode(encoded).decode(errors="replace")
 
 
-class EtcdDiscovery(Discovery[R]):
-    """Records under leases."""
+class EtcdDiscovery(RemoteDiscovery[R, Etcd3Client]):
+    """Records under leases. Followed by etcd's own watch, and by a whole read at least three times per lease."""
+
+    _lost = (*_LOST, TimeoutError)
 
     def __init__(self, address: EtcdAddress, lease_s: float = LEASE_TTL_S, kind: type[Record] = WorkerRecord) -> None:
-        super().__init__()
+        super().__init__(connect(address), kind)
         self.address = address
         self._kind = kind
-        self._decoder: msgspec.json.Decoder[R] = msgspec.json.Decoder(kind)
         self.lease_s = lease_s
-        self._client = connect(address)
-        self._calls = ThreadPoolExecutor(1, thread_name_prefix="tandem-discovery")
-        self._feed: Feed[R] = Feed()
-        self._bad: dict[str, bytes] = {}
-        self._watch: EtcdWatch[R] | None = None
-        self._registrations: list[EtcdRegistration[R]] = []
-
-    async def register(self, record: R) -> Registration[R]:
-        """Writes the record under a new lease; a task of this loop keeps it alive from then on."""
-        registration = EtcdRegistration(self, record)
-        await self.call(registration.write)
-        self.counts.registrations += 1
-        registration.start()
-        self._registrations.append(registration)
-        return registration
-
-    def watch(self) -> AsyncGenerator[Snapshot[R], None]:
-        """etcd's own watch, and a whole read at least three times per lease."""
-        if self._watch is None:
-            loop = asyncio.get_running_loop()
-            self._watch = EtcdWatch(self, lambda snapshot: loop.call_soon_threadsafe(self._feed.publish, snapshot))
-            self._watch.start()
-        return self._feed.follow()
-
-    async def list(self) -> tuple[R, ...]:
-        """One read, without the grace that watches grant."""
-        listing = await self.call(lambda client: read_all(client, self.key("")))
-        records = self.decode(listing)
-        return tuple(records[name] for name in sorted(records))
-
-    async def close(self) -> None:
-        """Ends the watch and revokes the own leases."""
-        for registration in self._registrations:
-            await registration.close()
-        if self._watch is not None:
-            await asyncio.to_thread(self._watch.stop)
-        self._feed.close()
-        self._calls.shutdown(wait=False, cancel_futures=True)
 
     def key(self, name: str) -> str:
         """As of the address, in the collection of this kind."""
         return self.address.key(name, self._kind.collection)
 
-    async def call(self, step: Callable[[Etcd3Client], T]) -> T:
-        """Runs a step on the calls' thread. Raises UnavailableError if etcd does not answer it."""
-        try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await asyncio.get_running_loop().run_in_executor(self._calls, step, self._client)
-        except (*_LOST, TimeoutError) as exc:
-            where = f"{self.address.host}:{self.address.port}"
-            raise UnavailableError(f"etcd at {where} does not answer ({type(exc).__name__}): start it, or mend TANDEM_DISCOVERY") from exc
+    def _away(self, exc: Exception) -> UnavailableError:
+        where = f"{self.address.host}:{self.address.port}"
+        return UnavailableError(f"etcd at {where} does not answer ({type(exc).__name__}): start it, or mend TANDEM_DISCOVERY")
 
-    def decode(self, listing: Listing) -> dict[str, R]:
-        """Id -> record; what is no record is counted and left out."""
-        records = {}
-        for key, value in listing.values.items():
-            try:
-                record = self._decoder.decode(value)
-            except msgspec.DecodeError as exc:
-                self._note_bad(key, value, exc)
-            else:
-                records[record.id] = record
-        return records
+    def _new_registration(self, record: R) -> "EtcdRegistration[R]":
+        return EtcdRegistration(self, record)
 
-    def _note_bad(self, key: str, value: bytes, exc: msgspec.DecodeError) -> None:
-        """Once per value: everything is read again and again."""
-        if self._bad.get(key) != value:
-            self._bad[key] = value
-            self.counts.bad_records += 1
-            log.warning("discovery.bad_record key=%s error=%s: left out, remove it or update whoever wrote it", key, exc)
+    def _new_watch(self, publish: Publish[R]) -> "EtcdWatch[R]":
+        return EtcdWatch(self, publish)
+
+    def _read(self, client: Etcd3Client) -> dict[str, bytes]:
+        return read_all(client, self.key("")).values
 
 
 class EtcdRegistration(LeasedRegistration[R, Etcd3Client]):
@@ -253,30 +194,21 @@ def _break(stream: requests.Response) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-class EtcdWatch(Generic[R]):
-    """The watching thread: read everything, wait for a change, and again."""
+class EtcdWatch(WatchThread[R]):
+    """Reads everything, waits for a change, and again."""
 
-    def __init__(self, discovery: EtcdDiscovery[R], publish: Callable[[Snapshot[R]], object]) -> None:
+    def __init__(self, discovery: EtcdDiscovery[R], publish: Publish[R]) -> None:
+        super().__init__(publish)
         self._discovery = discovery
-        self._publish = publish
         self._client = connect(discovery.address)
         self._view: View[R] = View(discovery.counts, discovery.lease_s)
-        self._stopping = threading.Event()
         self._stream: requests.Response | None = None
-        self._thread = threading.Thread(target=self._run, name="tandem-discovery-watch", daemon=True)
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread; blocks for the time of a request at most."""
-        self._stopping.set()
+    def _interrupt(self) -> None:
         stream = self._stream
         with suppress(OSError, AttributeError, ValueError):  # no stream is open any more: then the thread sees the flag soon
             if stream is not None:
                 _break(stream)
-        self._thread.join(_CONNECT_TIMEOUT_S + _READ_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -290,7 +222,7 @@ class EtcdWatch(Generic[R]):
     def turn(self) -> None:
         """Reads everything, and returns after the next change or a third of a lease. Raises when etcd goes away."""
         listing = read_all(self._client, self._discovery.key(""))
-        self._send(self._view.listed(self._discovery.decode(listing), listing.revision, time.monotonic()))
+        self._send(self._view.listed(self._discovery.decode(listing.values), listing.revision, time.monotonic()))
         self._await_change(listing.revision)
 
     def _await_change(self, revision: int) -> None:
@@ -313,7 +245,3 @@ class EtcdWatch(Generic[R]):
             if line.strip() and "created" not in json.loads(line)["result"]:
                 return
         raise requests.ConnectionError("the watch ended")
-
-    def _send(self, snapshot: Snapshot[R]) -> None:
-        with suppress(RuntimeError):  # the loop was closed without closing us
-            self._publish(snapshot)

@@ -9,26 +9,22 @@ Threads: as in `etcd`, registrations make their calls on one thread, the watch h
 and later; the watch keeps its view (`view`).
 """
 
-import asyncio
 import logging
 import random
 import re
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from typing import Any, Generic, TypeVar
+from contextlib import closing
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from tandem_protocol.discovery.feed import Feed
-from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, Discovery, R, Registration, Snapshot
+from tandem_protocol.discovery.interface import BEATS_PER_LEASE, LEASE_TTL_S, R
 from tandem_protocol.discovery.kubernetes_leases import LONGEST_PAUSE_S, BusyError, Leases
 from tandem_protocol.discovery.kubernetes_objects import Change, KubernetesAddress, TooLargeError
 from tandem_protocol.discovery.leased import LeasedRegistration
-from tandem_protocol.discovery.sightings import Lease, Sightings
+from tandem_protocol.discovery.remote import CALL_TIMEOUT_S, Publish, RemoteDiscovery, WatchThread
+from tandem_protocol.discovery.sightings import Sightings
 from tandem_protocol.discovery.view import View
 from tandem_protocol.errors import ConfigError, UnavailableError
 from tandem_protocol.kubernetes_access import own_namespace
@@ -38,15 +34,12 @@ from tandem_protocol.workers import WorkerRecord
 log = logging.getLogger(__name__)
 
 DEFAULT_FLEET = "tandem"
-_CALL_TIMEOUT_S = 8.0
-"""Of a whole turn on the calls' thread, which may be several requests and a wait for its turn."""
 _FIRST_PAUSE_S = 0.5
 _SHORT_TURN_S = 0.5
 """A watch that ends sooner was not worth its read; a pause follows."""
 _SWEEPS_PER_TURN = 8
 _NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _FLEET = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
-T = TypeVar("T")
 
 
 def parse_address(rest: str) -> KubernetesAddress:
@@ -76,49 +69,36 @@ def asked_s(failure: UnavailableError | None) -> float:
     return failure.wait_s if isinstance(failure, BusyError) else 0.0
 
 
-class KubernetesDiscovery(Discovery[R]):
-    """Records in Leases."""
+class KubernetesDiscovery(RemoteDiscovery[R, Leases]):
+    """Records in Leases. Followed by Kubernetes' own watch, and by whole reads: once a minute, when a lease should have been renewed, and
+    when half of one was silent."""
 
     def __init__(self, address: KubernetesAddress, kind: type[Record] = WorkerRecord) -> None:
-        super().__init__()
+        super().__init__(Leases(address, kind.collection), kind)
         self.address = address
         self._collection = kind.collection
-        self._decoder: msgspec.json.Decoder[R] = msgspec.json.Decoder(kind)
-        self._leases = Leases(address, kind.collection)
         self._seen = Sightings()
         self._missed = False
-        self._calls = ThreadPoolExecutor(1, thread_name_prefix="tandem-discovery")
-        self._feed: Feed[R] = Feed()
-        self._bad: dict[str, bytes] = {}
-        self._watch: KubernetesWatch[R] | None = None
-        self._registrations: list[KubernetesRegistration[R]] = []
 
-    async def register(self, record: R) -> Registration[R]:
-        """Writes the record into a Lease; a task of this loop renews it from then on."""
-        registration = KubernetesRegistration(self, record)
-        await self.call(registration.write)
-        self.counts.registrations += 1
-        registration.start()
-        self._registrations.append(registration)
-        return registration
+    async def close(self) -> None:
+        """As of any store, and ends the connections."""
+        await super().close()
+        self._client.close()
 
-    def watch(self) -> AsyncGenerator[Snapshot[R], None]:
-        """Kubernetes' own watch; a whole read once a minute, when a lease should have been renewed, and when half of one was silent."""
-        if self._watch is None:
-            loop = asyncio.get_running_loop()
-            leases = Leases(self.address, self._collection)
-            self._watch = KubernetesWatch(self, leases, lambda snapshot: loop.call_soon_threadsafe(self._feed.publish, snapshot))
-            self._watch.start()
-        return self._feed.follow()
+    def _away(self, exc: Exception) -> UnavailableError:
+        del exc
+        return UnavailableError(f"Kubernetes took longer than {CALL_TIMEOUT_S:g} s: look at the API server")
 
-    async def list(self) -> tuple[R, ...]:
-        """One read. A lease that an earlier one of the same version showed, longer ago than it runs, has ended."""
-        records = self.decode(await self.call(self._list))
-        return tuple(records[name] for name in sorted(records))
+    def _new_registration(self, record: R) -> "KubernetesRegistration[R]":
+        return KubernetesRegistration(self, record)
 
-    def _list(self, leases: Leases) -> dict[str, Lease]:
+    def _new_watch(self, publish: Publish[R]) -> "KubernetesWatch[R]":
+        return KubernetesWatch(self, Leases(self.address, self._collection), publish)
+
+    def _read(self, client: Leases) -> dict[str, bytes]:
+        """A lease that an earlier read of the same version showed, longer ago than it runs, has ended."""
         try:
-            listing = leases.list()
+            listing = client.list()
         except UnavailableError:
             self._missed = True
             raise
@@ -128,43 +108,6 @@ class KubernetesDiscovery(Discovery[R]):
             self._missed = False
         self._seen.listed(listing.leases, now)
         return self._seen.running
-
-    async def close(self) -> None:
-        """Ends the watch and removes the own Leases."""
-        for registration in self._registrations:
-            await registration.close()
-        if self._watch is not None:
-            await asyncio.to_thread(self._watch.stop)
-        self._feed.close()
-        self._calls.shutdown(wait=False, cancel_futures=True)
-        self._leases.close()
-
-    async def call(self, step: Callable[[Leases], T]) -> T:
-        """Runs a step on the calls' thread. Raises UnavailableError if Kubernetes does not do it."""
-        try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await asyncio.get_running_loop().run_in_executor(self._calls, step, self._leases)
-        except TimeoutError as exc:
-            raise UnavailableError(f"Kubernetes took longer than {_CALL_TIMEOUT_S:g} s: look at the API server") from exc
-
-    def decode(self, running: dict[str, Lease]) -> dict[str, R]:
-        """Id -> record; what is no record is counted and left out."""
-        records = {}
-        for name, lease in running.items():
-            try:
-                record = self._decoder.decode(lease.record)
-            except msgspec.DecodeError as exc:
-                self._note_bad(name, lease.record, exc)
-            else:
-                records[record.id] = record
-        return records
-
-    def _note_bad(self, name: str, value: bytes, exc: msgspec.DecodeError) -> None:
-        """Once per value: everything is read again and again."""
-        if self._bad.get(name) != value:
-            self._bad[name] = value
-            self.counts.bad_records += 1
-            log.warning("discovery.bad_record lease=%s error=%s: left out, remove it or update whoever wrote it", name, exc)
 
 
 class KubernetesRegistration(LeasedRegistration[R, Leases]):
@@ -205,13 +148,13 @@ class KubernetesRegistration(LeasedRegistration[R, Leases]):
         client.remove(self._record.id)
 
 
-class KubernetesWatch(Generic[R]):
-    """The watching thread: read everything, follow the changes until there is a reason to read again, and so on."""
+class KubernetesWatch(WatchThread[R]):
+    """Reads everything, follows the changes until there is a reason to read again, and so on."""
 
-    def __init__(self, discovery: KubernetesDiscovery[R], leases: Leases, publish: Callable[[Snapshot[R]], object]) -> None:
+    def __init__(self, discovery: KubernetesDiscovery[R], leases: Leases, publish: Publish[R]) -> None:
+        super().__init__(publish)
         self._discovery = discovery
         self._leases = leases
-        self._publish = publish
         self._seen = Sightings()
         self._view: View[R] = View(discovery.counts, discovery.address.lease_s)
         self._revision = 0
@@ -219,18 +162,9 @@ class KubernetesWatch(Generic[R]):
         self._sweeps = True
         self._refused = 0
         self._failures = 0
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tandem-discovery-watch", daemon=True)
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread; blocks for the time of a request at most."""
-        self._stopping.set()
+    def _interrupt(self) -> None:
         self._leases.interrupt()
-        self._thread.join(_CALL_TIMEOUT_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -293,7 +227,3 @@ class KubernetesWatch(Generic[R]):
             except UnavailableError as exc:
                 self._sweeps = False
                 log.info("discovery.no_sweep error=%s: leases of the dead stay until others remove them", exc)
-
-    def _send(self, snapshot: Snapshot[R]) -> None:
-        with suppress(RuntimeError):  # the loop was closed without closing us
-            self._publish(snapshot)

@@ -45,9 +45,9 @@ class Sightings:
         self._known: dict[str, Sighting] = {}
 
     @property
-    def running(self) -> dict[str, Lease]:
-        """Those that did not run out, by name."""
-        return {name: one.lease for name, one in self._known.items() if not one.ended}
+    def running(self) -> dict[str, bytes]:
+        """The records of those that did not run out, by name."""
+        return {name: one.lease.record for name, one in self._known.items() if not one.ended}
 
     def listed(self, leases: Iterable[Lease], now: float) -> None:
         """The store was read whole. Only then a lease is judged: events may wait unread somewhere, a read can't be old."""
