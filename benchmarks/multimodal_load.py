@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as grpcclient
+from grpc.aio import AioRpcError
 
 from benchmarks.errors import BenchmarkError
+from tandem_protocol.stream_end import read_to_end
 
 _WORDS = 64
 """Of text around each image."""
@@ -166,12 +168,18 @@ class Load:
         async def requests() -> Any:
             yield {"model_name": model, "inputs": inputs, "enable_empty_final_response": True}
 
-        async for result, error in self._client.stream_infer(requests()):
-            if error is not None:
-                raise BenchmarkError(f"{model} answered: {error}")
-            yield result
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                return
+        stream = self._client.stream_infer(requests())
+        try:
+            async for result, error in stream:
+                if error is not None:
+                    await read_to_end(stream, AioRpcError)
+                    raise BenchmarkError(f"{model} answered: {error}")
+                yield result
+                if result.get_response().parameters["triton_final_response"].bool_param:
+                    await read_to_end(stream, AioRpcError)
+                    return
+        except AioRpcError as exc:
+            raise BenchmarkError(f"{model} was lost: {exc.details()}") from exc
 
 
 async def measure(url: str, front: Front, shape: Shape, timeout_s: float) -> Rounds:

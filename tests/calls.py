@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as grpcclient
-from tritonclient.utils import InferenceServerException
+from grpc.aio import AioRpcError
 
 from tandem_protocol.stream_end import read_to_end
 
@@ -83,13 +83,13 @@ async def responses(client: Any, call: Call) -> AsyncIterator[Response]:
     try:
         async for result, error in stream:
             if error is not None:
-                await read_to_end(stream, InferenceServerException, END_S)
+                await read_to_end(stream, AioRpcError, END_S)
                 raise error
             raw = result.get_response()
             if raw.outputs:
                 yield {output.name: _values(result.as_numpy(output.name)) for output in raw.outputs}
             if raw.parameters["triton_final_response"].bool_param:
-                await read_to_end(stream, InferenceServerException, END_S)
+                await read_to_end(stream, AioRpcError, END_S)
                 return
     finally:
         stream.cancel()

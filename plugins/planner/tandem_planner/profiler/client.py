@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc.aio as grpcclient
+from grpc.aio import AioRpcError
 from tritonclient.utils import InferenceServerException
 
 from tandem_protocol import tensors
@@ -47,7 +48,7 @@ class StreamClient:
     async def token_times(self, prompt: npt.NDArray[np.int32], tokens: int) -> list[tuple[float, int]]:
         """(seconds from sending, tokens so far) per response with tokens.
 
-        Raises UnavailableError past the deadline, EngineError for a refused request or one that ends early.
+        Raises UnavailableError past the deadline and when the server is lost, EngineError for a refused request or one that ends early.
         """
         began, total, times = time.perf_counter(), 0, list[tuple[float, int]]()
         try:
@@ -59,6 +60,8 @@ class StreamClient:
             raise UnavailableError(f"{self._model} took more than {self._timeout_s:g} s for a request: raise --timeout-s") from exc
         except InferenceServerException as exc:
             raise EngineError(f"{self._model} refused a prompt of {len(prompt)} tokens: {exc}") from exc
+        except AioRpcError as exc:
+            raise UnavailableError(f"{self._model} was lost in mid-answer ({exc.details()}): look at its server's log") from exc
         if total < tokens:
             raise EngineError(f"{self._model} ended after {total} of {tokens} tokens: does it know ignore_eos?")
         return times
@@ -68,13 +71,13 @@ class StreamClient:
         try:
             async for result, error in stream:
                 if error is not None:
-                    await read_to_end(stream, InferenceServerException)
+                    await read_to_end(stream, AioRpcError)
                     raise error
                 counts = result.as_numpy(tensors.NUM_OUTPUT_TOKENS)
                 if counts is not None and (count := int(counts.sum())):
                     yield count
                 if result.get_response().parameters["triton_final_response"].bool_param:
-                    await read_to_end(stream, InferenceServerException)
+                    await read_to_end(stream, AioRpcError)
                     return
         finally:
             stream.cancel()
