@@ -32,7 +32,7 @@ find_python() {
   die "Python 3.11 or 3.12 is needed and not found: install one (Debian: apt-get install python3 python3-venv), or set TANDEM_PYTHON to it"
 }
 
-has_gpu() { [ "${TANDEM_PLATFORM:-}" != cpu ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+has_gpu() { [ "${TANDEM_PLATFORM:-}" != cpu ] && command -v nvidia-smi >/dev/null && [ -n "$(nvidia-smi -L 2>/dev/null | sed -n '/^GPU /p')" ]; }
 
 # Sets `env` to an environment that is complete; its name carries the hash of the lock, so a changed lock makes a new one.
 ensure_environment() {

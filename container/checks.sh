@@ -7,9 +7,10 @@ die() { printf '%s: %s\n' "${program:-tandem}" "$1" >&2; exit 2; }
 note() { printf '%s: %s\n' "${program:-tandem}" "$1" >&2; }
 
 # at_least HAVE WANT: whether a version is not older than another.
-at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n1)" = "$2" ]; }
+at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | sed -n 1p)" = "$2" ]; }
 
-gpu_visible() { command -v nvidia-smi > /dev/null && nvidia-smi -L 2> /dev/null | grep -q '^GPU '; }
+# No pipe here or below ends before its writer has: under pipefail a writer that hits a closed pipe (SIGPIPE, 141) fails the check.
+gpu_visible() { command -v nvidia-smi > /dev/null && [ -n "$(nvidia-smi -L 2> /dev/null | sed -n '/^GPU /p')" ]; }
 
 # The platform that was asked for (cpu, cuda), or the one that this machine has.
 decide_platform() {
@@ -41,8 +42,8 @@ check_driver() {
   local header cuda driver capability
   command -v nvidia-smi > /dev/null || { note "no NVIDIA driver is visible here, as usual while an image is built; it is checked again when a worker starts"; return 0; }
   header="$(nvidia-smi 2>&1)" || die "nvidia-smi fails (${header%%$'\n'*}): reload or reinstall the NVIDIA driver, $CUDA_DRIVER_VERSION or newer"
-  cuda="$(sed -n 's/.*CUDA\( UMD\)\{0,1\} Version: *\([0-9][0-9.]*\).*/\2/p' <<< "$header" | head -n1)"
-  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n1)"
+  cuda="$(sed -n 's/.*CUDA\( UMD\)\{0,1\} Version: *\([0-9][0-9.]*\).*/\2/p' <<< "$header" | sed -n 1p)"
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | sed -n 1p)"
   [ -n "$driver" ] || die "nvidia-smi lists no GPU: give the container GPUs (docker run --gpus all), or install with --cpu"
   at_least "${cuda:-0}" "$CUDA_VERSION" || die "driver $driver speaks CUDA ${cuda:-(unknown)}, and the wheels need $CUDA_VERSION: install driver $CUDA_DRIVER_VERSION or newer, or install with --cpu"
   while read -r capability; do

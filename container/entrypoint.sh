@@ -32,7 +32,7 @@ check_model() {
   case "$model" in
     /*)
       [ -e "$model/config.json" ] || die "TANDEM_MODEL=$model is no model folder in this container: mount it (-v /host/models:/models:ro), or give a hub id like org/name"
-      local unreadable; unreadable="$(find -L "$model" -maxdepth 1 -type f ! -readable | head -n1)"
+      local unreadable; unreadable="$(find -L "$model" -maxdepth 1 -type f ! -readable | sed -n 1p)"
       [ -z "$unreadable" ] || die "$unreadable can't be read by user $(id -u): on the host, chmod a+r the files of the model" ;;
   esac
 }
