@@ -80,18 +80,14 @@ class RecordingSink:
     def __init__(self) -> None:
         self.responses: list[dict[str, list[Any]]] = []
         self.error: TandemError | None = None
-        self.done = asyncio.Event()
 
     def send(self, arrays: Any, *, final: bool) -> None:
         """Records one response."""
         self.responses.append({name: list(array) for name, array in arrays.items()})
-        if final:
-            self.done.set()
 
     def fail(self, error: TandemError) -> None:
         """Records the error."""
         self.error = error
-        self.done.set()
 
     def is_cancelled(self) -> bool:
         """Nobody goes away here."""
