@@ -59,21 +59,25 @@ def omni_environment() -> Path:
     return Path(given)
 
 
-def plugin_path(folder: Path) -> str:
-    """What PYTHONPATH needs, so that vllm-omni finds the CPU platform."""
-    info = folder / "plugin" / "omni_cpu-0.1.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
+def environment_with_platform(given: Path, folder: Path) -> Path:
+    """An environment over the given one in which this checkout and the CPU platform come first. A stub ignores PYTHONPATH."""
+    target = folder / "environment"
+    subprocess.run([given / "bin" / "python", "-m", "venv", "--without-pip", target], check=True, timeout=_MADE_WITHIN_S)
+    [packages] = target.glob("lib/python3.*/site-packages")
+    info = packages / "omni_cpu-0.1.dist-info"
+    info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: omni-cpu\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text(_ENTRY_POINTS)
-    given = os.environ.get("PYTHONPATH", "")
-    return ":".join([str(info.parent), str(ROOT / "tests"), *([given] if given else [])])
+    [below] = given.glob("lib/python3.*/site-packages")
+    first = [*(str(plugin) for plugin in sorted((ROOT / "plugins").iterdir())), str(ROOT / "tests")]
+    (packages / "tandem-test.pth").write_text("\n".join([*first, f"import site; site.addsitedir({str(below)!r})"]) + "\n")
+    return target
 
 
 def make_tiny_diffusion(environment: Path, folder: Path) -> Path:
     """A Stable Diffusion of random weights."""
     target = folder / "tiny-diffusion"
-    subprocess.run([environment / "bin" / "python", "-m", "omni_cpu.tiny_diffusion", target], check=True, timeout=_MADE_WITHIN_S,
-                   env={**os.environ, "PYTHONPATH": plugin_path(folder)})
+    subprocess.run([environment / "bin" / "python", "-m", "omni_cpu.tiny_diffusion", target], check=True, timeout=_MADE_WITHIN_S)
     return target
 
 
@@ -85,7 +89,7 @@ def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any]) ->
     join_backends(install, ROOT / "backends" / "vllm", folder / "backends")
     _write_repository(environment, folder / "models", arguments)
     command = server_command(install, folder / "models", folder / "backends", (first, first + 1, first + 2), START_TIMEOUT_S)
-    variables = {"PYTHONPATH": plugin_path(folder), "DYN_SYSTEM_PORT": str(first + 3), "TANDEM_WORKER_INDEX": "0",
+    variables = {"DYN_SYSTEM_PORT": str(first + 3), "TANDEM_WORKER_INDEX": "0",
                  "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_DISCOVERY": f"file:{folder / 'discovery'}",
                  "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     with (folder / "server.log").open("wb") as log:

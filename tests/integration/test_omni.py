@@ -15,7 +15,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from calls import Call, collect, connect, responses
-from omni_rig import OmniServer, make_tiny_diffusion, omni_environment, serve_omni
+from omni_rig import OmniServer, environment_with_platform, make_tiny_diffusion, omni_environment, serve_omni
 from servers import wait_for
 from tandem_cli.serve.embedded_model import embedded_model
 
@@ -46,16 +46,18 @@ class OmniCall(Call):
 @pytest.fixture(scope="module")
 def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OmniServer]:
     """A pipeline of one text stage with SmolLM2."""
-    environment = omni_environment()
+    folder = tmp_path_factory.mktemp("text")
+    environment = environment_with_platform(omni_environment(), folder)
     arguments = {"model": str(embedded_model()), "dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    with serve_omni(environment, tmp_path_factory.mktemp("text"), arguments) as running:
+    with serve_omni(environment, folder, arguments) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def image_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OmniServer]:
     """A pipeline of one image stage of random weights."""
-    environment, folder = omni_environment(), tmp_path_factory.mktemp("image")
+    folder = tmp_path_factory.mktemp("image")
+    environment = environment_with_platform(omni_environment(), folder)
     model = make_tiny_diffusion(environment, folder)
     with serve_omni(environment, folder, {"model": str(model), "dtype": "float32", "diffusion_load_format": "diffusers"}) as running:
         yield running
