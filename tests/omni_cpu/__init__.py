@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CPU platform of vllm-omni, for tests: it ships none. It and the pipelines are found by entry points, which `omni_rig` writes.
 
-torchvision's CUDA build finds no operators on a CPU, so two of them are declared here, which nothing calls.
+torchvision's CUDA build doesn't load its operators on a CPU, so two of them are declared here, which nothing calls.
 """
 
-import contextlib
+import sys
 
 
 def platform() -> str | None:
@@ -25,12 +25,18 @@ def pipelines() -> None:
 
 
 def _declare_operators() -> None:
+    """Only where torchvision doesn't import; one for CPUs has them."""
     import torch
 
-    with contextlib.suppress(RuntimeError):  # declared already, by another entry point or by a torchvision for CPUs
-        _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            _LIBRARIES[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
 
 
 _LIBRARIES: list[object] = []
