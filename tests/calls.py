@@ -96,7 +96,15 @@ async def responses(client: Any, call: Call) -> AsyncIterator[Response]:
 
 
 def _values(array: Any) -> list[Any]:
-    return [item.decode() if isinstance(item, bytes) else item for item in array.reshape(-1).tolist()]
+    return [_value(item) for item in array.reshape(-1).tolist()]
+
+
+def _value(item: Any) -> Any:
+    """Texts as texts; files as they are."""
+    try:
+        return item.decode() if isinstance(item, bytes) else item
+    except UnicodeDecodeError:
+        return item
 
 
 async def collect(client: Any, call: Call) -> list[Response]:

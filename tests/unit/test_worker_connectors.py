@@ -55,7 +55,7 @@ def test_contradictions_are_refused(names: tuple[str, ...], message: str) -> Non
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(KV_ROLE))
 def test_one_connector_stands_for_itself(name: str, kind: str, role: Role) -> None:
     """With the role's direction, and recomputing what fails to load."""
     config = transfer_config((name,), role, everything)
@@ -64,7 +64,7 @@ def test_one_connector_stands_for_itself(name: str, kind: str, role: Role) -> No
 
 
 @pytest.mark.parametrize("names", [("lmcache",), ("kvbm",), ("nixl",), ("lmcache", "nixl"), ("kvbm", "nixl")])
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(KV_ROLE))
 def test_vllm_takes_what_is_built(names: tuple[str, ...], role: Role) -> None:
     """Its configuration is checked, and its factory knows the names."""
     config = pytest.importorskip("vllm.config").KVTransferConfig(**(transfer_config(names, role, everything) or {}))

@@ -15,6 +15,8 @@ class Role(StrEnum):
     """Pulls the KV blocks of a prompt and generates; without a handoff it serves like an aggregated worker."""
     ENCODE = "encode"
     """Computes the embeddings of a prompt's images and leaves them for the others; has no KV blocks and generates no text."""
+    OMNI = "omni"
+    """Runs a pipeline of several engines of vllm-omni, behind one model: text, images and sound. Routers don't place its requests."""
 
     @property
     def is_disaggregated(self) -> bool:

@@ -30,7 +30,13 @@ EXCLUDE_INPUT_IN_OUTPUT = "exclude_input_in_output"
 KV_TRANSFER_PARAMS = "kv_transfer_params"
 EC_TRANSFER_PARAMS = "ec_transfer_params"
 
+MODALITIES = "modalities"
+NEGATIVE_PROMPT = "negative_prompt"
+
 TEXT_OUTPUT = "text_output"
+IMAGE_OUTPUT = "image_output"
+AUDIO_OUTPUT = "audio_output"
+MODALITY = "modality"
 OUTPUT_IDS = "output_ids"
 FINISH_REASON = "finish_reason"
 CUMULATIVE_LOGPROB = "cumulative_logprob"
@@ -68,17 +74,36 @@ ENCODED = TensorSpec(EC_TRANSFER_PARAMS, "TYPE_STRING", (1,))
 """What an encode worker answers: JSON with the content ids of the images. As an input it only makes an ensemble wait for the encoder:
 embeddings are found by what the images themselves are."""
 
+OMNI_OPTIONAL = tuple(output for output in OPTIONAL_OUTPUTS if output.name in (FINISH_REASON, NUM_INPUT_TOKENS, NUM_OUTPUT_TOKENS))
+"""What an omni worker can tell of the texts that it makes."""
+OMNI_INPUTS = (
+    *(spec for spec in REQUEST_INPUTS if not spec.name.startswith("return_")),
+    TensorSpec(MODALITIES, "TYPE_STRING", (-1,)),
+    TensorSpec(NEGATIVE_PROMPT, "TYPE_STRING", (1,)),
+    *(TensorSpec(f"return_{output.name}", "TYPE_BOOL", (1,)) for output in OMNI_OPTIONAL),
+)
+OMNI_OUTPUTS = (
+    TensorSpec(TEXT_OUTPUT, "TYPE_STRING", (-1,), optional=False),
+    TensorSpec(IMAGE_OUTPUT, "TYPE_STRING", (-1,), optional=False),
+    TensorSpec(AUDIO_OUTPUT, "TYPE_STRING", (-1,), optional=False),
+    TensorSpec(MODALITY, "TYPE_STRING", (-1,), optional=False),
+    *OMNI_OPTIONAL,
+)
+"""Images as PNG files, sound as a WAV file of what is new, and which of `text`, `image`, `audio` a response has."""
+
 
 def inputs_of(role: Role) -> tuple[TensorSpec, ...]:
     """The inputs of a worker with this role."""
     if role is Role.ENCODE:
         return REQUEST_INPUTS
+    if role is Role.OMNI:
+        return OMNI_INPUTS
     return (*REQUEST_INPUTS, HANDOFF, ENCODED) if role is Role.DECODE else (*REQUEST_INPUTS, ENCODED)
 
 
 def outputs_of(role: Role) -> tuple[TensorSpec, ...]:
     """The outputs of a worker with this role; a prefill worker answers with the handoff alone, an encode worker with its own."""
-    return {Role.PREFILL: (HANDOFF,), Role.ENCODE: (ENCODED,)}.get(role, GENERATION_OUTPUTS)
+    return {Role.PREFILL: (HANDOFF,), Role.ENCODE: (ENCODED,), Role.OMNI: OMNI_OUTPUTS}.get(role, GENERATION_OUTPUTS)
 
 
 def is_decoupled(role: Role) -> bool:

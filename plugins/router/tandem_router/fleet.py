@@ -130,6 +130,8 @@ class Fleet:
         self._remembered = frozenset()
 
     def _is_ours(self, record: WorkerRecord) -> bool:
+        if record.role is Role.OMNI:
+            return False  # its tensors are others, and nothing of its prompts is known
         if not self._model:
             self._model = record.model
             self.changed.set()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import uvloop
 
@@ -25,8 +25,8 @@ from tandem_protocol.requests import GenerationRequest
 from tandem_protocol.spans import NoSpans, Span, Spans, carried
 from tandem_protocol.streams import Outbox, ResponseStream, Sink
 from tandem_worker.config import WorkerSettings
-from tandem_worker.generation import Generator
 from tandem_worker.heartbeat import HangWatch, Heartbeat
+from tandem_worker.load import EngineLoads
 from tandem_worker.metrics.meters import OpenStream, plain_stream
 from tandem_worker.registration import Presence, Unregistered
 from tandem_worker.stacks import dump_stacks, engine_cpu_s
@@ -47,6 +47,24 @@ _ENGINE_STOP_TIMEOUT_S = 3.0
 """An idle engine has nothing to save; vLLM kills what does not exit by then."""
 
 
+class Serving(Protocol):
+    """Who serves the requests: `generation` on one engine of vLLM's, `omni.generation` on a pipeline."""
+
+    @property
+    def engine(self) -> Any:
+        """Tells by `errored` that it is dead, and ends by `shutdown(timeout=)`."""
+
+    @property
+    def loads(self) -> EngineLoads:
+        """What the engine tells of its steps."""
+
+    async def serve(self, request: Any, stream: ResponseStream, active: int) -> None:
+        """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
+
+
+S = TypeVar("S", bound=Serving)
+
+
 @dataclass
 class _Active:
     """A request in flight."""
@@ -57,10 +75,10 @@ class _Active:
     task: asyncio.Task[None] | None = None
 
 
-class EngineHost:
+class EngineHost(Generic[S]):
     """Serves requests on one engine until `shutdown`."""
 
-    def __init__(self, generator: Generator, settings: WorkerSettings, on_engine_death: Callable[[], None],
+    def __init__(self, generator: S, settings: WorkerSettings, on_engine_death: Callable[[], None],
                  engine_cpu_s: Callable[[int | None], float] = engine_cpu_s, open_stream: OpenStream = plain_stream,
                  spans: Spans | None = None) -> None:  # fmt: skip
         self.generator = generator

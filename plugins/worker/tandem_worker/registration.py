@@ -72,7 +72,7 @@ def build_record(settings: WorkerSettings, names: WorkerNames, config: Any, rank
         model=str(config.model_config.model),
         grpc_url=settings.grpc_url,
         triton_model=names.triton_model,
-        admin_url=_admin_url(settings, names.admin_port),
+        admin_url=admin_url(settings, names.admin_port),
         event_sources=(*sources, *elsewhere.values()),
         block_size=int(config.cache_config.block_size),
         total_blocks=int(config.cache_config.num_gpu_blocks or 0),
@@ -89,7 +89,8 @@ def reachable_host(settings: WorkerSettings) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _admin_url(settings: WorkerSettings, port: int) -> str:
+def admin_url(settings: WorkerSettings, port: int) -> str:
+    """Where others reach a worker's admin server; empty without one."""
     if port < 0:
         return ""
     host = reachable_host(settings) if settings.admin_host in _ANY_ADDRESS else settings.admin_host

@@ -9,7 +9,7 @@ import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prometheus_client import REGISTRY
 
@@ -44,6 +44,11 @@ from tandem_worker.status import WorkerState
 from tandem_worker.surroundings import Surroundings
 from tandem_worker.triton_models import TritonModels
 
+if TYPE_CHECKING:
+    from tandem_worker.generation import Generator
+
+VllmHost: TypeAlias = "EngineHost[Generator]"
+
 log = logging.getLogger(__name__)
 
 _ADMIN_TIMEOUT_S = 10.0
@@ -57,7 +62,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, model_name: str, model_dir: Path) -> None:
         self.settings = settings
-        self.host: EngineHost | None = None
+        self.host: VllmHost | None = None
         self.metrics = WorkerMetrics()
         self.exposition = Exposition((REGISTRY, self.metrics.registry))
         """What `/metrics` says; complete once the worker has started."""
@@ -72,7 +77,7 @@ class Worker:
         self._followers = Followers(LocalRanks(), settings.hang_timeout_s, self._lose)
         self._triton_models = TritonModels(settings.grpc_url)
 
-    def start(self) -> EngineHost | None:
+    def start(self) -> VllmHost | None:
         """Starts everything; blocks until the engine answers. Raises ConfigError with a sentence that says the fix.
 
         None if there is nothing to serve, since all that was wanted is a checkpoint, and that is there; the server then ends.
@@ -113,7 +118,7 @@ class Worker:
             self.host.generator.images.close()
         self._surroundings.leave()
 
-    async def _leave_followers(self, host: EngineHost) -> None:
+    async def _leave_followers(self, host: VllmHost) -> None:
         """They end when they are left, and their ranks with them: so after the drain."""
         if self._followers.awaited:
             failed = host.state in {WorkerState.DEAD, WorkerState.HUNG}
@@ -124,7 +129,7 @@ class Worker:
         if self.host is not None:
             await self.host.lose(reason)
 
-    def _build_host(self) -> EngineHost:
+    def _build_host(self) -> VllmHost:
         # vLLM reads its environment on import, so it may be imported only now.
         from tandem_worker.arguments import complete
         from tandem_worker.engine import build_engine, detect_platform
@@ -179,7 +184,7 @@ class Worker:
             raise ConfigError(f"{path.name} must be a JSON object of engine arguments")
         return given
 
-    def _sleep_cycle(self, host: EngineHost) -> SleepCycle:
+    def _sleep_cycle(self, host: VllmHost) -> SleepCycle:
         from tandem_worker.engine import sleep_abilities
 
         async def verify() -> None:
@@ -187,7 +192,7 @@ class Worker:
 
         return SleepCycle(host, host.generator.engine, verify, sleep_abilities(host.generator.engine), self._model_name)
 
-    def _hold_for_checkpoint(self, plan: CheckpointPlan, host: EngineHost, cycle: SleepCycle) -> Outcome:
+    def _hold_for_checkpoint(self, plan: CheckpointPlan, host: VllmHost, cycle: SleepCycle) -> Outcome:
         """Blocks; bounded by the lifecycle itself, in looks: a deadline on a clock would pass between dump and restore."""
         engine = host.generator.engine
         level = 0 if cycle.abilities.refusal else self.settings.sleep_mode_level
@@ -198,7 +203,7 @@ class Worker:
         log.info("checkpoint.done: it %s, the server ends", how)
         os.kill(self._server_pid, signal.SIGTERM)
 
-    def _start_admin(self, host: EngineHost, cycle: SleepCycle) -> int:
+    def _start_admin(self, host: VllmHost, cycle: SleepCycle) -> int:
         sleep = SleepRoutes(cycle, self.settings.sleep_mode_level, self.settings.drain_timeout_s)
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
                                   (*sleep.routes(), *lora_routes(host.generator.adapters), *self._followers.routes()),
@@ -211,7 +216,7 @@ class Worker:
         await admin.stop()
         await self._triton_models.close()
 
-    async def _watch_with_canary(self, host: EngineHost) -> None:
+    async def _watch_with_canary(self, host: VllmHost) -> None:
         """Until cancelled."""
         settings = self.settings
 
@@ -221,11 +226,11 @@ class Worker:
         patience = Patience(settings.canary_wait_time, settings.health_check_request_timeout, settings.step_timeout_s)
         await Canary(send, host.idle_s, host.judge, patience).run()
 
-    async def _send_canary(self, host: EngineHost) -> None:
+    async def _send_canary(self, host: VllmHost) -> None:
         settings, generator = self.settings, host.generator
         await generator.canary(canary_request(settings.health_check_payload, takes_text=settings.use_vllm_tokenizer, bos=generator.bos))
 
-    async def _announce(self, host: EngineHost, token: str, admin_port: int) -> None:
+    async def _announce(self, host: VllmHost, token: str, admin_port: int) -> None:
         """Registering itself goes on in the background: a store that is away must not keep a worker from serving."""
         names = WorkerNames(self._model_name, token, admin_port, host.generator.adapters.names)
         ranks, elsewhere = tuple(host.generator.loads.by_rank), self._followers.event_sources()

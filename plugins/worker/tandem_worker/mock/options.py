@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     engine, process, faults = (parser.add_argument_group(title) for title in ("engine", "process", "faults"))
     default = EngineSettings()
-    engine.add_argument("--role", choices=[role.value for role in Role], default=Role.AGGREGATED.value)
+    engine.add_argument("--role", choices=[role.value for role in Role if role is not Role.OMNI], default=Role.AGGREGATED.value)
     engine.add_argument("--speedup", type=float, default=1.0, help="divides all times")
     engine.add_argument("--profile", type=Path, help="measured steps (JSON) in place of the made-up timing")
     engine.add_argument("--block-size", type=int, default=default.block_size, help="tokens per KV block")

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real tritonserver with one omni worker on a CPU, in vllm-omni's own environment, which `TANDEM_OMNI_ENV` names (docs/omni.md)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servers import free_ports, get_json, get_text, wait_for
+from tandem_cli.serve.tritonserver import find_triton, join_backends, server_command, server_environment
+
+ROOT = Path(__file__).parents[1]
+START_TIMEOUT_S = 600
+_MADE_WITHIN_S = 300
+_EXIT_TIMEOUT_S = 60
+_ENTRY_POINTS = """[vllm_omni.platform_plugins]
+omni_cpu = omni_cpu:platform
+[vllm_omni.general_plugins]
+omni_cpu_pipelines = omni_cpu:pipelines
+"""
+
+
+@dataclass(frozen=True)
+class OmniServer:
+    """A running server."""
+
+    grpc_url: str
+    admin_url: str
+    log_file: Path
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def log(self) -> str:
+        """So far."""
+        return self.log_file.read_text(errors="replace")
+
+    def health(self) -> dict[str, Any]:
+        """The body of `/health`."""
+        return dict(get_json(f"{self.admin_url}/health"))
+
+    def metrics(self) -> str:
+        """The body of `/metrics`."""
+        return get_text(f"{self.admin_url}/metrics")
+
+
+def omni_environment() -> Path:
+    """The environment, or the test is skipped."""
+    given = os.environ.get("TANDEM_OMNI_ENV", "")
+    if not (Path(given) / "bin" / "activate").is_file():
+        pytest.skip("vllm-omni's environment is not there: make it as docs/omni.md says and name it in TANDEM_OMNI_ENV")
+    return Path(given)
+
+
+def environment_with_platform(given: Path, folder: Path) -> Path:
+    """An environment over the given one in which this checkout and the CPU platform come first. A stub ignores PYTHONPATH."""
+    target = folder / "environment"
+    subprocess.run([given / "bin" / "python", "-m", "venv", "--without-pip", target], check=True, timeout=_MADE_WITHIN_S)
+    [packages] = target.glob("lib/python3.*/site-packages")
+    info = packages / "omni_cpu-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: omni-cpu\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(_ENTRY_POINTS)
+    [below] = given.glob("lib/python3.*/site-packages")
+    first = [*(str(plugin) for plugin in sorted((ROOT / "plugins").iterdir())), str(ROOT / "tests")]
+    (packages / "tandem-test.pth").write_text("\n".join([*first, f"import site; site.addsitedir({str(below)!r})"]) + "\n")
+    return target
+
+
+def make_tiny_diffusion(environment: Path, folder: Path) -> Path:
+    """A Stable Diffusion of random weights."""
+    target = folder / "tiny-diffusion"
+    subprocess.run([environment / "bin" / "python", "-m", "omni_cpu.tiny_diffusion", target], check=True, timeout=_MADE_WITHIN_S)
+    return target
+
+
+@contextmanager
+def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any]) -> Iterator[OmniServer]:
+    """A server with the model `omni`; `arguments` are its model.json's."""
+    first = free_ports(5)
+    install = find_triton()
+    join_backends(install, ROOT / "backends" / "vllm", folder / "backends")
+    _write_repository(environment, folder / "models", arguments)
+    command = server_command(install, folder / "models", folder / "backends", (first, first + 1, first + 2), START_TIMEOUT_S)
+    variables = {"DYN_SYSTEM_PORT": str(first + 3), "TANDEM_WORKER_INDEX": "0",
+                 "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_DISCOVERY": f"file:{folder / 'discovery'}",
+                 "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=server_environment(install, variables))
+    server = OmniServer(f"127.0.0.1:{first + 1}", f"http://127.0.0.1:{first + 3}", folder / "server.log", process)
+    try:
+        wait_for(lambda: process.poll() is not None or _is_ready(first), START_TIMEOUT_S, "the server's start")
+        assert process.poll() is None, server.log[-4000:]
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_EXIT_TIMEOUT_S)
+        finally:
+            process.kill()
+
+
+def _is_ready(http_port: int) -> bool:
+    try:
+        get_text(f"http://127.0.0.1:{http_port}/v2/health/ready")
+    except OSError:
+        return False
+    return True
+
+
+def _write_repository(environment: Path, target: Path, arguments: Mapping[str, Any]) -> None:
+    model = target / "omni"
+    shutil.copytree(ROOT / "model_repository" / "omni", model, ignore=shutil.ignore_patterns("__pycache__"))
+    config = (model / "config.pbtxt").read_text().replace('string_value: "4"', 'string_value: "0"')
+    added = f'parameters {{ key: "EXECUTION_ENV_PATH" value: {{ string_value: "{environment}" }} }}\n'
+    (model / "config.pbtxt").write_text(config + added)
+    (model / "1" / "model.json").write_text(json.dumps(dict(arguments)))
