@@ -109,14 +109,16 @@ def test_an_image_for_cuda_needs_a_gpu(stage: Stage, tmp_path: Path) -> None:
     assert stage.run(copied / "entrypoint.sh", "worker", TANDEM_HOME=str(tmp_path / "home"), TANDEM_PLATFORM="cpu").returncode == 0
 
 
-def test_a_driver_of_many_lines_is_read_to_its_end(stage: Stage, tmp_path: Path) -> None:
-    """A reader that leaves after the first GPU's line would kill nvidia-smi (SIGPIPE), and with it the start, in some runs or, as here, in all."""
-    stage.program("nvidia-smi", "echo 'CUDA Version: 99.9'; case \"$*\" in *driver_version*) yes 999.1 | head -n 100000;; *compute_cap*) echo 9.0;; esac")
-    done = stage.run(Path("bash"), "-c", "set -Eeuo pipefail; . \"$0/versions.env\"; . \"$0/checks.sh\"; check_driver; echo went on", str(CONTAINER))
+def test_a_driver_of_many_lines_is_read_to_its_end(stage: Stage) -> None:
+    """A reader that leaves after the first GPU's line would kill nvidia-smi (SIGPIPE) in some runs, or, with this many, in all."""
+    drivers = "echo 'CUDA Version: 99.9'; case \"$*\" in *driver_version*) yes 999.1 | head -n 100000;; *compute_cap*) echo 9.0;; esac"
+    stage.program("nvidia-smi", drivers)
+    checks = 'set -Eeuo pipefail; . "$0/versions.env"; . "$0/checks.sh"; check_driver; echo went on'
+    done = stage.run(Path("bash"), "-c", checks, str(CONTAINER))
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
 
 
 def test_a_gpu_is_seen_among_many_lines(stage: Stage) -> None:
     stage.program("nvidia-smi", "for gpu in {0..20000}; do echo \"GPU $gpu: H200\"; done")
-    done = stage.run(Path("bash"), "-c", "set -Eeuo pipefail; . \"$0/checks.sh\"; decide_platform auto", str(CONTAINER))
+    done = stage.run(Path("bash"), "-c", 'set -Eeuo pipefail; . "$0/checks.sh"; decide_platform auto', str(CONTAINER))
     assert done.stdout == "cuda"
