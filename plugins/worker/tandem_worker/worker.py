@@ -47,7 +47,7 @@ from tandem_worker.triton_models import TritonModels
 if TYPE_CHECKING:
     from tandem_worker.generation import Generator
 
-VllmHost: TypeAlias = "EngineHost[Generator]"
+VllmHost: TypeAlias = EngineHost["Generator"]
 
 log = logging.getLogger(__name__)
 
