@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -82,8 +83,9 @@ def make_tiny_diffusion(environment: Path, folder: Path) -> Path:
 
 
 @contextmanager
-def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any]) -> Iterator[OmniServer]:
-    """A server with the model `omni`; `arguments` are its model.json's."""
+def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any], more: Mapping[str, str] = MappingProxyType({}),
+               ) -> Iterator[OmniServer]:
+    """A server with the model `omni`; `arguments` are its model.json's, `more` is added to its environment."""
     first = free_ports(5)
     install = find_triton()
     join_backends(install, ROOT / "backends" / "vllm", folder / "backends")
@@ -91,7 +93,8 @@ def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any]) ->
     command = server_command(install, folder / "models", folder / "backends", (first, first + 1, first + 2), START_TIMEOUT_S)
     variables = {"DYN_SYSTEM_PORT": str(first + 3), "TANDEM_WORKER_INDEX": "0",
                  "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_DISCOVERY": f"file:{folder / 'discovery'}",
-                 "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+                 "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1",
+                 **more}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=server_environment(install, variables))
     server = OmniServer(f"127.0.0.1:{first + 1}", f"http://127.0.0.1:{first + 3}", folder / "server.log", process)
