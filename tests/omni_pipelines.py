@@ -43,6 +43,9 @@ class ScriptedPipeline:
         Stage(1, StageKind.DIFFUSION, "painter", "image", {"num_inference_steps": int, "seed": int}),
     )
     errored: bool = False
+    on_cpu: bool = True
+    tells_steps: bool = True
+    steps: int = 0
     sick: str = ""
     """Why it is not healthy."""
     orders: list[Order] = field(default_factory=list)

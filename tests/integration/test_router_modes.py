@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The router over mock workers in each of its modes, with its bounds and its metrics. Real gRPC, ZMQ and discovery, no engines."""
 
+import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from models import make_tiny_model
-from routers import LocalRouter, Mocks, mocks, router, until
-from servers import get_text
+from routers import LocalRouter, Mocks, mocks, router, until, url_of
+from servers import get_json, get_text
+from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import RequestCancelledError, RequestError, UnavailableError
+from tandem_protocol.roles import Role
+from tandem_protocol.workers import WorkerRecord, WorkerState
 from tandem_router.overrides import Overrides
 
 WORKERS = 4
@@ -44,6 +49,18 @@ def fleet(store: Path) -> Iterator[Mocks]:
     """Four workers for all tests that break nothing."""
     with mocks(store, "--workers", str(WORKERS)) as running:
         yield running
+
+
+@contextmanager
+def registered(store: Path, record: WorkerRecord) -> Iterator[None]:
+    """Within, discovery has this record, too."""
+    with asyncio.Runner() as runner:
+        discovery = open_discovery(url_of(store))
+        runner.run(discovery.register(record))
+        try:
+            yield
+        finally:
+            runner.run(discovery.close())
 
 
 def tokens_by_worker(fleet: Mocks) -> dict[str, int]:
@@ -90,6 +107,15 @@ def test_direct_goes_where_the_request_says(fleet: Mocks, store: Path, tokenizer
         error = local.send(prompt(6)).wait().error
         assert isinstance(error, RequestError)
         assert "worker_id" in str(error)
+
+
+def test_a_pipelines_worker_in_the_same_discovery_gets_nothing(fleet: Mocks, store: Path, tokenizer: Path) -> None:
+    """Though it has the model's name: nobody listens at its address, so that a request for it would fail."""
+    record = WorkerRecord(id="omni-1", role=Role.OMNI, state=WorkerState.READY, model="mock", grpc_url="127.0.0.1:1", triton_model="omni",
+                          block_size=0, total_blocks=0, max_num_seqs=0, max_num_batched_tokens=0)
+    with registered(store, record), router(store, WORKERS, tokenizer, DYN_ROUTER_MODE="round-robin") as local:
+        assert shares(fleet, local, 8) == [2, 2, 2, 2]
+        assert "omni-1" not in [worker["id"] for worker in get_json(f"{local.admin}/fleet")["workers"]]
 
 
 def test_a_request_can_set_weight_and_temperature(fleet: Mocks, store: Path, tokenizer: Path) -> None:

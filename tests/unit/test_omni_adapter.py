@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY, Histogram
 
 from tandem_protocol.errors import EngineError, RequestError, UnavailableError
 from tandem_worker.omni.pipeline import Order
@@ -111,5 +112,20 @@ async def test_errors_are_whose_fault_they_are(failure: Exception, dead: bool, k
 async def test_a_stage_without_a_living_replica_is_unwell() -> None:
     """The reason is vllm-omni's."""
     await AsyncOmniPipeline(Omni()).check_health()
-    with pytest.raises(UnavailableError, match="Stage-1 has no live replica"):
+    with pytest.raises(UnavailableError, match=r"^Stage-1 has no live replica$"):
         await AsyncOmniPipeline(Omni(EngineDeadError("Stage-1 has no live replica"))).check_health()
+
+
+def test_its_pulse_is_what_vllm_counts_of_its_steps() -> None:
+    """Over all stages; where one of them is of diffusion it isn't the whole pulse."""
+    counted = Histogram("vllm:iteration_tokens_total", "As vLLM's.", ["stage"])
+    try:
+        for stage, steps in (("0", 3), ("1", 2)):
+            for _ in range(steps):
+                counted.labels(stage).observe(1)
+        pipeline, talking = AsyncOmniPipeline(Omni()), AsyncOmniPipeline(Omni())
+        talking.stages = talking.stages[:1]
+        assert (pipeline.steps, pipeline.tells_steps, talking.tells_steps) == (5, False, True)
+    finally:
+        REGISTRY.unregister(counted)
+    assert (talking.steps, talking.tells_steps) == (0, False), "without log_stats"

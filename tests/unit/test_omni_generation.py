@@ -2,6 +2,7 @@
 """A request on a pipeline ends exactly once, with all that was made of it, and leaves nothing in the stages."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from tandem_protocol.requests import Envelope
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.load import EngineLoads
 from tandem_worker.omni.generation import OmniGenerator
+from tandem_worker.omni.pipeline import Order
 from tandem_worker.omni.requests import OmniRequest, parse_omni_request
 
 PICTURE = Image.new("RGB", (2, 2))
@@ -116,3 +118,19 @@ async def test_a_cancelled_request_is_closed_in_the_pipeline() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     assert pipeline.closed == ["r"]
+
+
+async def test_a_request_counts_while_the_pipeline_has_it() -> None:
+    """And every output is a beat of the pipeline's pulse: by both a hang is known."""
+    loads, seen = EngineLoads(), []
+
+    class Looking(ScriptedPipeline):
+        async def generate(self, order: Order) -> AsyncGenerator[Output, None]:
+            async for output in super().generate(order):
+                seen.append((loads.of(0).in_engine, loads.running))
+                yield output
+
+    sink, outbox = RecordingSink(), ManualOutbox()
+    await OmniGenerator(Looking(ANSWER), loads).serve(request(), ResponseStream(sink, outbox), 1)
+    assert seen == [(1, 1)] * len(ANSWER)
+    assert (loads.of(0).in_engine, loads.running, loads.of(0).steps) == (0, 0, len(ANSWER))

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +20,16 @@ from tandem_protocol.discovery import open_discovery
 from tandem_protocol.errors import RequestCancelledError, UnavailableError
 from tandem_protocol.requests import Envelope
 from tandem_protocol.roles import Role
+from tandem_worker import heartbeat
 from tandem_worker.config import WorkerSettings
+from tandem_worker.omni import worker as omni_worker
 from tandem_worker.omni.requests import parse_omni_request
-from tandem_worker.omni.worker import OmniWorker
+from tandem_worker.omni.worker import OmniWorker, watched
 from tandem_worker.status import WorkerState
 from tandem_worker.surroundings import Surroundings
 
 LOOK_S = 0.02
+HANG_S = 1.0
 
 
 class Sink(RecordingSink):
@@ -53,6 +57,8 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
     monkeypatch.setattr(Surroundings, "enter", lambda *_: None)
     monkeypatch.setattr(OmniWorker, "_end_server", lambda _: told.append("ended"))
+    monkeypatch.setattr(heartbeat, "INTERVAL_S", LOOK_S)
+    monkeypatch.setattr(omni_worker, "_HEALTH_INTERVAL_S", LOOK_S)
     return told
 
 
@@ -67,7 +73,8 @@ def worker(tmp_path: Path, pipeline: ScriptedPipeline, ends: list[str]) -> Itera
     """A started one, with an admin port of its own and a folder as discovery."""
     del ends
     (tmp_path / "model.json").write_text(json.dumps({"model": "tiny"}))
-    settings = WorkerSettings(role=Role.OMNI, admin_port=0, drain_timeout_s=1, discovery=f"file:{tmp_path / 'discovery'}")
+    settings = WorkerSettings(role=Role.OMNI, admin_port=0, drain_timeout_s=1, hang_timeout_s=HANG_S,
+                              discovery=f"file:{tmp_path / 'discovery'}")
     started = OmniWorker(settings, "omni", tmp_path)
     started.start(lambda _: pipeline)
     yield started
@@ -165,6 +172,27 @@ def test_a_dead_pipeline_ends_the_server(worker: OmniWorker, pipeline: ScriptedP
     until(lambda: ends == ["ended"])
     assert worker.host is not None
     assert worker.host.state is WorkerState.DEAD
+
+
+def test_a_pipeline_that_stands_still_hangs(worker: OmniWorker, pipeline: ScriptedPipeline, ends: list[str]) -> None:
+    """With work in it, and neither a step of a stage nor an output; each step begins its time anew."""
+    pipeline.endless = True
+    sink = ask(worker)
+    assert worker.host is not None
+    load = worker.host.generator.loads.of(0)
+    until(lambda: load.in_engine == 1)
+    before, pipeline.steps = load.steps, 7
+    until(lambda: load.steps == before + 7)
+    assert "the engine hangs: 1 requests in it" in str(answered(sink).error)
+    until(lambda: ends == ["ended"])
+    assert worker.host.state is WorkerState.HUNG
+
+
+@pytest.mark.parametrize(("hang_timeout_s", "tells_steps", "watched_s"), [(30, True, 30), (30, False, math.inf), (0, False, 0)])
+def test_where_steps_are_not_told_only_their_bound_holds(hang_timeout_s: float, tells_steps: bool, watched_s: float) -> None:
+    """A long image is no hang; off is off."""
+    settings = watched(WorkerSettings(hang_timeout_s=hang_timeout_s), ScriptedPipeline(tells_steps=tells_steps))
+    assert settings.hang_timeout_s == watched_s
 
 
 def test_the_end_drains_and_shuts_the_pipeline_down(worker: OmniWorker, pipeline: ScriptedPipeline) -> None:

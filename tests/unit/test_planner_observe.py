@@ -155,6 +155,11 @@ def test_workers_that_take_no_requests_are_not_looked_for() -> None:
     assert read_loads([worker(state=WorkerState.DRAINING)], figures(kv=())) == ({}, ())
 
 
+def test_a_pipelines_worker_is_no_load_of_a_pool() -> None:
+    """Routers place nothing on it, so that nothing of theirs is missing."""
+    assert read_loads([worker(), worker("omni-1", role=Role.OMNI)], figures()) == read_loads([worker()], figures())
+
+
 class Told:
     """Answers every query with one number, or fails."""
 

@@ -2,8 +2,10 @@
 """What the sink tells Triton, by a sender that keeps it: with which response the end goes."""
 
 import importlib
+import io
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,3 +99,26 @@ def test_after_the_end_triton_is_not_asked_about_the_client(sinks: Any) -> None:
     sink.send(ARRAYS, final=True)
     assert not sink.is_cancelled()
     assert sender.asked == 1
+
+
+@pytest.mark.parametrize("ends", [lambda sink: sink.send(ARRAYS, final=True), lambda sink: sink.fail(RequestError("no"))])
+def test_after_the_end_nothing_keeps_tritons_sender(sinks: Any, ends: Any) -> None:
+    """Whoever keeps the sink, in a traceback for instance."""
+    sender = Sender()
+    sink, alive = sinks(sender), weakref.ref(sender)
+    ends(sink)
+    del sender
+    assert alive() is None
+    assert not sink.is_cancelled()
+
+
+def test_lines_of_libraries_can_be_written_whatever_is_in_them(sinks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Python thinks that its streams are ASCII, and even for what no encoding knows."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    sys.modules[sinks.__module__].configure_logging("m")
+    for stream in streams.values():
+        stream.write("a dash \u2014 and half a pair \udc80")
+        stream.flush()
+        assert stream.buffer.getvalue() == b"a dash \xe2\x80\x94 and half a pair \\udc80"  # type: ignore[attr-defined]

@@ -100,8 +100,8 @@ class WorkerFigures:
 
 
 def read_loads(records: Iterable[WorkerRecord], figures: WorkerFigures) -> tuple[dict[Role, tuple[WorkerLoad, ...]], tuple[str, ...]]:
-    """Role -> loads of its ready workers; and a sentence about each that could not be read."""
-    ready = [record for record in records if record.state is WorkerState.READY]
+    """Role -> loads of its ready workers; and a sentence about each that could not be read. Those of pipelines are in nobody's pool."""
+    ready = [record for record in records if record.state is WorkerState.READY and record.role is not Role.OMNI]
     behind = [record.admin_url for record in ready]
     loads: dict[Role, tuple[WorkerLoad, ...]] = {}
     missing = []

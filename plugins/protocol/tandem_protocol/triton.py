@@ -5,8 +5,10 @@ Triton calls a model on the stub's main thread; responses are sent from the outb
 """
 
 import contextvars
+import io
 import json
 import logging
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,10 +103,18 @@ def load_failure(error: TandemError) -> Exception:
 
 def configure_logging(model_name: str, *packages: str) -> None:
     """Sends our packages' logs to stderr, which is tritonserver's log. A wrong level ends the load."""
+    _speak_utf8()
     try:
         logs.configure(model_name, *packages)
     except TandemError as exc:
         raise load_failure(exc) from exc
+
+
+def _speak_utf8() -> None:
+    """The stub's embedded Python says its lines in ASCII, so that a library's dash would be a traceback in the log instead of its line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 class TritonMetrics:
@@ -179,8 +189,7 @@ class TritonSink:
             self._answered = True
         if final:
             with self._lock:
-                self._closed = True
-                self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                self._end(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, error: TandemError) -> None:
         """Closes the stream with an error."""
@@ -194,8 +203,13 @@ class TritonSink:
 
     def _close(self, response: Any) -> None:
         with self._lock:
-            self._closed = True
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._end(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _end(self, *response: Any, flags: int) -> None:
+        """Lets the sender go: freed at the stub's end, after Triton's memory, it would crash the stub, and a traceback may keep a sink."""
+        self._closed = True
+        self._sender.send(*response, flags=flags)
+        self._sender = None
 
 
 def _response(arrays: Arrays) -> Any:

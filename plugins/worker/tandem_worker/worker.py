@@ -2,7 +2,6 @@
 """Assembles a worker: guard, environment, engine, host, admin server; and takes it apart again, in that order reversed."""
 
 import functools
-import json
 import logging
 import os
 import signal
@@ -33,6 +32,7 @@ from tandem_worker.lora.routes import lora_routes
 from tandem_worker.metrics.component import WorkerMetrics, engine_figures
 from tandem_worker.metrics.exposition import Exposition
 from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
+from tandem_worker.model_json import read_model_json
 from tandem_worker.ranks import HEADLESS, LocalRanks, local_ranks
 from tandem_worker.registration import RegisteredPresence, WorkerNames, build_record
 from tandem_worker.resting import CPU_ENGINE_VARIABLE
@@ -87,7 +87,7 @@ class Worker:
         if plan is not None and plan.exists:
             self._end_after_checkpoint("exists already")
             return None
-        self._surroundings.enter(self._given_arguments(), self._server_pid)
+        self._surroundings.enter(read_model_json(self._model_dir), self._server_pid)
         self.host = self._build_host()
         self.host.start()
         self._sleep = self._sleep_cycle(self.host)
@@ -140,7 +140,7 @@ class Worker:
         for path in sweep_host_tiers():
             log.warning("shm.swept path=%s: the host tier of an engine that was killed", path)
         platform = detect_platform()
-        given = self._given_arguments()
+        given = read_model_json(self._model_dir)
         if given.get(HEADLESS):
             raise ConfigError("headless ranks have no endpoints, so they are no Triton model: run them by `tandem serve --headless`")
         arguments = complete(given, self.settings, platform)
@@ -171,18 +171,6 @@ class Worker:
         ours = dynamo_labels(self.settings.namespace, self.settings.effective_role, str(model.model), str(served or model.model))
         labels = Labels(ours, parse_labels(self.settings.metrics_labels))
         return Exposition((REGISTRY, self.metrics.registry), metrics_folder(self._surroundings.scratch), labels)
-
-    def _given_arguments(self) -> dict[str, Any]:
-        path = self._model_dir / "model.json"
-        if not path.exists():
-            return {}
-        try:
-            given = json.loads(path.read_text())
-        except ValueError as exc:
-            raise ConfigError(f"{path.name} is not JSON: {exc}") from exc
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path.name} must be a JSON object of engine arguments")
-        return given
 
     def _sleep_cycle(self, host: VllmHost) -> SleepCycle:
         from tandem_worker.engine import sleep_abilities

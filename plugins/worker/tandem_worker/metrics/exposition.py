@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from tandem_worker.metrics.labels import Labels
 
-_OF_THE_ENGINE = ("vllm:", "lmcache:", "kvbm_", "dynamo_component_", "tandem_worker_")
+_OF_THE_ENGINE = ("vllm:", "vllm_omni:", "lmcache:", "kvbm_", "dynamo_component_", "tandem_worker_")
 """Prefixes of what is labelled; a process's own figures (`python_`, `process_`) and those about discovery stay as they are."""
 _FROM_FILES = "lmcache:"
 

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, get_type_hints
 
+from prometheus_client import REGISTRY
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_omni import AsyncOmni
@@ -36,6 +38,7 @@ _DIFFUSION = (
 """Fields of OmniDiffusionSamplingParams that a request may set; the others are tensors and marks of vllm-omni's own."""
 _MARKED = {"guidance_scale": "guidance_scale_provided", "guidance_scale_2": "guidance_scale_2_provided"}
 """Fields that pipelines overlook unless a mark says that they were given."""
+_STEPS = "vllm:iteration_tokens_total_count"
 
 
 class AsyncOmniPipeline:
@@ -52,6 +55,21 @@ class AsyncOmniPipeline:
     def errored(self) -> bool:
         """Whether its orchestrator is gone."""
         return bool(self._omni.errored)
+
+    @property
+    def on_cpu(self) -> bool:
+        """As vLLM sees it."""
+        return bool(current_platform.is_cpu())
+
+    @property
+    def tells_steps(self) -> bool:
+        """Diffusion tells none; without `log_stats` nobody does."""
+        return all(stage.kind is StageKind.LLM for stage in self.stages) and bool(_step_counts())
+
+    @property
+    def steps(self) -> int:
+        """By the one public place in which they can be seen: vLLM counts each with outputs in a histogram, per stage and replica."""
+        return int(sum(_step_counts()))
 
     async def generate(self, order: Order) -> AsyncGenerator[StageOutput, None]:
         """As Pipeline says."""
@@ -70,7 +88,7 @@ class AsyncOmniPipeline:
         try:
             await self._omni.check_health()
         except EngineDeadError as exc:
-            raise UnavailableError(str(exc) or "a stage of the pipeline died") from exc
+            raise UnavailableError(_told(exc)) from exc
 
     def shutdown(self, timeout: float) -> None:
         """Ends all stages."""
@@ -80,11 +98,15 @@ class AsyncOmniPipeline:
         if isinstance(exc, TandemError):
             return exc
         if self.errored or isinstance(exc, EngineDeadError):
-            return UnavailableError(f"the pipeline of this worker died ({_sentence(exc)}): retry on another worker or after its restart")
+            return UnavailableError(f"the pipeline of this worker died ({_told(exc)}): retry on another worker or after its restart")
         if isinstance(exc, OmniClientError | ValueError | TypeError | OverflowError):
             return RequestError(_sentence(exc))
         log.error("request.failed", exc_info=exc)
         return EngineError(f"the pipeline failed on this request: {_sentence(exc)}")
+
+
+def _step_counts() -> list[float]:
+    return [sample.value for metric in REGISTRY.restricted_registry([_STEPS]).collect() for sample in metric.samples]
 
 
 def start_pipeline(arguments: OmniArguments) -> AsyncOmniPipeline:
@@ -130,6 +152,11 @@ def _params(default: Any, own: Mapping[str, Any], *, streamed: bool) -> Any:
         return SamplingParams(**{**values, **own, "output_kind": kind})
     except Exception as exc:  # several types, all about the client's values
         raise RequestError(f"sampling parameters are not valid: {_sentence(exc)}") from exc
+
+
+def _told(exc: Exception) -> str:
+    """The last of its arguments: vLLM puts a sentence about stack traces before what is said of an engine's death."""
+    return str(exc.args[-1]) if exc.args else type(exc).__name__
 
 
 def _sentence(exc: Exception) -> str:

@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class OmniGenerator:
 
     engine: Pipeline
     loads: EngineLoads
-    """Nobody's: the stages of a pipeline tell no steps, so that its worker isn't watched for hanging."""
+    """Those of the whole pipeline, as if it were one engine: requests in it, and its pulse, which is steps of its stages and outputs."""
     images: ImageReader = field(default_factory=ImageReader)
 
     async def serve(self, request: OmniRequest, stream: ResponseStream, active: int) -> None:
@@ -49,7 +50,7 @@ class OmniGenerator:
     async def _run(self, request: OmniRequest, stream: ResponseStream) -> None:
         order = await self._order(request)
         collected = OmniAnswer()
-        async with aclosing(self.engine.generate(order)) as outputs:
+        async with aclosing(self._outputs(order)) as outputs:
             async for output in outputs:
                 _refuse_aborted(output)
                 answer = answer_of(output, streamed=request.stream)
@@ -59,6 +60,17 @@ class OmniGenerator:
                     stream.push(answer)
         collected.finished = True
         stream.push(collected)
+
+    async def _outputs(self, order: Order) -> AsyncGenerator[StageOutput, None]:
+        load = self.loads.of(0)
+        load.in_engine = load.running = load.in_engine + 1
+        try:
+            async with aclosing(self.engine.generate(order)) as outputs:
+                async for output in outputs:
+                    load.steps += 1
+                    yield output
+        finally:
+            load.in_engine = load.running = load.in_engine - 1
 
     async def _order(self, request: OmniRequest) -> Order:
         stages = self.engine.stages

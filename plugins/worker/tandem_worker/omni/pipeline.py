@@ -33,6 +33,18 @@ class Pipeline(Protocol):
     def errored(self) -> bool:
         """Whether it is dead as a whole, so that no request can ever be served again."""
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its stages compute on processors, so that the time that they use tells whether they do."""
+
+    @property
+    def tells_steps(self) -> bool:
+        """Whether all its stages are counted in `steps`, so that work without any is suspicious."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps the engines of its stages have told of. Cheap enough for a look each second."""
+
     def generate(self, order: Order) -> AsyncGenerator[StageOutput, None]:
         """Outputs of its final stages as they come; its end is the request's.
 

@@ -6,8 +6,9 @@ As `tandem_worker.worker` does for one engine of vLLM's, without what a pipeline
 
 import asyncio
 import dataclasses
-import json
+import functools
 import logging
+import math
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ from prometheus_client import REGISTRY
 
 from tandem_protocol import workers
 from tandem_protocol.discovery import open_discovery
-from tandem_protocol.errors import ConfigError, RequestError, UnavailableError
+from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_protocol.spans import open_spans
 from tandem_protocol.workers import WorkerRecord
 from tandem_worker.admin import AdminServer
@@ -32,10 +33,12 @@ from tandem_worker.load import EngineLoads
 from tandem_worker.metrics.component import EngineFigures, WorkerMetrics
 from tandem_worker.metrics.exposition import Exposition
 from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
+from tandem_worker.model_json import read_model_json
 from tandem_worker.omni.arguments import OmniArguments, complete
 from tandem_worker.omni.generation import OmniGenerator
 from tandem_worker.omni.pipeline import Pipeline
 from tandem_worker.registration import RegisteredPresence, WorkerNames, admin_url
+from tandem_worker.stacks import engine_cpu_s
 from tandem_worker.surroundings import Surroundings
 from tandem_worker.triton_models import TritonModels
 
@@ -58,8 +61,7 @@ class OmniWorker:
     """One pipeline with everything around it. Built on the stub's main thread; `stop` undoes all of it, also half-built."""
 
     def __init__(self, settings: WorkerSettings, model_name: str, model_dir: Path) -> None:
-        # A pipeline tells no steps, by which a hang is known: its health is asked instead.
-        self.settings = dataclasses.replace(settings, hang_timeout_s=0.0)
+        self.settings = settings
         self.host: OmniHost | None = None
         self.metrics = WorkerMetrics()
         self.exposition = Exposition((REGISTRY, self.metrics.registry))
@@ -76,7 +78,7 @@ class OmniWorker:
     def start(self, start_pipeline: StartPipeline | None = None) -> OmniHost:
         """Starts everything; blocks until all stages stand. Raises ConfigError with a sentence that says the fix."""
         started = time.monotonic()
-        arguments = complete(self._given_arguments(), self.settings.model, self._model_dir)
+        arguments = complete(read_model_json(self._model_dir), self.settings.model, self._model_dir)
         self._surroundings.enter({}, self._server_pid)
         pipeline = (start_pipeline or _real_pipeline())(arguments)
         host = self.host = self._build_host(pipeline, arguments, time.monotonic() - started)
@@ -104,33 +106,25 @@ class OmniWorker:
 
     def _build_host(self, pipeline: Pipeline, arguments: OmniArguments, load_time_s: float) -> OmniHost:
         generator = OmniGenerator(pipeline, EngineLoads(), ImageReader(load_image_settings()))
-        host = OmniHost(generator, self.settings, self._end_server, open_stream=self.metrics.stream, spans=self._spans)
+        cpu_s = functools.partial(engine_cpu_s, is_cpu=pipeline.on_cpu)
+        host = OmniHost(generator, watched(self.settings, pipeline), self._end_server, cpu_s, self.metrics.stream, self._spans)
         self.metrics.follow(lambda: EngineFigures(host.status().active, load_time_s, ()))
         ours = dynamo_labels(self.settings.namespace, self.settings.effective_role, arguments.model, arguments.model)
         # What the stages' processes count, they send to this one.
         self.exposition = Exposition((REGISTRY, self.metrics.registry), labels=Labels(ours, parse_labels(self.settings.metrics_labels)))
         return host
 
-    def _given_arguments(self) -> dict[str, Any]:
-        path = self._model_dir / "model.json"
-        if not path.exists():
-            return {}
-        try:
-            given = json.loads(path.read_text())
-        except ValueError as exc:
-            raise ConfigError(f"{path.name} is not JSON: {exc}") from exc
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path.name} must be a JSON object of the pipeline's arguments")
-        return given
-
     async def _watch_health(self, host: OmniHost, pipeline: Pipeline) -> None:
-        """Until cancelled, or a stage is lost: then no request that needs it could ever end well here."""
+        """Until cancelled, or a stage is lost: then no request that needs it could ever end well here. Takes the pulse on the way."""
+        load, told = host.generator.loads.of(0), pipeline.steps
         while True:
             try:
                 await pipeline.check_health()
             except UnavailableError as exc:
                 await host.lose(str(exc))
                 return
+            before, told = told, pipeline.steps
+            load.steps += told - before
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
     def _start_admin(self, host: OmniHost) -> int:
@@ -153,6 +147,14 @@ class OmniWorker:
         """A server whose pipeline died is useless until restarted, and only its supervisor can do that."""
         log.error("server.exit reason=pipeline_lost pid=%d", self._server_pid)
         os.kill(self._server_pid, signal.SIGTERM)
+
+
+def watched(settings: WorkerSettings, pipeline: Pipeline) -> WorkerSettings:
+    """For a pipeline that doesn't tell all its steps only their bound holds: a GPU's processes spin while they wait, so a long image would
+    look like a hang."""
+    if pipeline.tells_steps or settings.hang_timeout_s == 0:
+        return settings
+    return dataclasses.replace(settings, hang_timeout_s=math.inf)
 
 
 def omni_record(settings: WorkerSettings, names: WorkerNames, model: str) -> WorkerRecord:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An omni worker whose parts are killed or stopped: a real tritonserver with a real AsyncOmni on a CPU, named by TANDEM_OMNI_ENV."""
+
+import asyncio
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from omni_rig import environment_with_platform, omni_environment
+from omni_running import CLIENT_S, ENDLESS, FREED_WITHIN_S, Running, serving, streaming, text
+from servers import command_of
+
+pytestmark = pytest.mark.slow
+
+GONE_CLIENT_S = 45.0
+"""What a client of a killed stub waits for: Triton's end, which the guard enforces."""
+LEASE_S = 15.0
+"""After a kill a record stays until its lease of 10 s has ended."""
+HANG_S = 4.0
+SEEN_WITHIN_S = HANG_S + 4.0
+"""Two looks, the answer, and steps of a process that shares its core with us."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vllm-omni's, with the CPU platform of the tests."""
+    return environment_with_platform(omni_environment(), tmp_path_factory.mktemp("environment"))
+
+
+def stub_of(running: Running) -> psutil.Process:
+    """Triton's Python process of the model."""
+    return next(one for one in running.family() if "triton_python_backend_stub" in command_of(one))
+
+
+def engine_of(running: Running) -> psutil.Process:
+    """The only stage's EngineCore, or what stands in its place below the stub."""
+    return next(one for one in stub_of(running).children() if re.search("EngineCor", f"{one.name()} {command_of(one)}"))
+
+
+def server_of(running: Running) -> psutil.Process:
+    """tritonserver."""
+    return running.family()[0]
+
+
+def engine_tree(running: Running) -> list[psutil.Process]:
+    """The EngineCore and its worker."""
+    engine = engine_of(running)
+    return [engine, *engine.children(recursive=True)]
+
+
+async def undiscovered(running: Running, within_s: float) -> None:
+    """Discovery has no worker any more."""
+    async with asyncio.timeout(within_s):
+        while await running.states():  # noqa: ASYNC110 - the store is a folder
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize(("victim", "message", "within_s", "lease_s"), [
+    (engine_of, "no live replica|the pipeline of this worker died", 5.0, 5.0), (stub_of, None, GONE_CLIENT_S, LEASE_S),
+    (server_of, None, 5.0, LEASE_S),
+], ids=["engine", "stub", "tritonserver"])
+async def test_kill_9(environment: Path, tmp_path: Path, tiny_model: Path, victim: Callable[[Running], psutil.Process],
+                      message: str | None, within_s: float, lease_s: float) -> None:
+    """What is in flight ends with an error, the server goes down so that a supervisor restarts it, nothing is left of it."""
+    with serving(environment, tmp_path, text(tiny_model)) as running:
+        assert len(await running.states()) == 1
+        async with streaming(running.server.grpc_url, 2) as tasks:
+            traces = running.traces()
+            victim(running).send_signal(signal.SIGKILL)
+            for task in tasks:
+                with pytest.raises((InferenceServerException, grpc.RpcError), match=message):
+                    await asyncio.wait_for(task, within_s)
+        await traces.vanish()
+        await undiscovered(running, lease_s)
+        assert "Segfault" not in running.server.log
+
+
+async def test_a_stopped_engine(environment: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Continued in time it goes on as if nothing had been; else its requests fail within the bound, /live says why, stacks are in the log,
+    discovery forgets the worker, and the server ends without leaving anything."""
+    with serving(environment, tmp_path, text(tiny_model), TANDEM_HANG_TIMEOUT_S=f"{HANG_S:g}") as running:
+        tree = engine_tree(running)
+        async with streaming(running.server.grpc_url, 1, sampling={**ENDLESS, "max_tokens": 600}) as [task]:
+            for process in tree:
+                process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(HANG_S / 2)  # the pause is the subject of the test
+            for process in tree:
+                process.send_signal(signal.SIGCONT)
+            assert await asyncio.wait_for(task, CLIENT_S) == 600
+        assert running.server.health()["status"] == "ready"
+        async with streaming(running.server.grpc_url, 2) as tasks:
+            traces = running.traces()
+            for process in tree:
+                process.send_signal(signal.SIGSTOP)
+            stopped = time.monotonic()
+            for task in tasks:
+                with pytest.raises(InferenceServerException, match="the engine hangs"):
+                    await asyncio.wait_for(task, SEEN_WITHIN_S)
+            assert time.monotonic() - stopped > HANG_S - 2
+            assert "neither a step nor computation" in running.server.health()["reason"]
+        await undiscovered(running, FREED_WITHIN_S)
+        await traces.vanish()
+        assert "host.py" in running.server.log.partition("engine.hangs")[2], "the stub's stacks"
