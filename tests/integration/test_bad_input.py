@@ -86,11 +86,19 @@ async def test_prefill_by_hand_gets_its_error_too(client: Any) -> None:
     assert "INVALID_ARGUMENT" in str(caught.value.status())
 
 
+def kv_usage(server: Server) -> float:
+    """The used share of the prefill worker's blocks, as of its latest step."""
+    return float(server.health("prefill")["kv_usage"])
+
+
 async def test_refused_decode_gives_the_handoff_back(server: Server, client: Any) -> None:
     """A decode request that is refused after its prefill frees the prefill worker's blocks, long before their lease ends."""
+    # What others and the probe below hold until their own leases end is far less.
+    before = kv_usage(server)
     handoff = await prefill(client, Call("prefill", prompt="Words. " * 200))
-    assert server.health("prefill")["kv_usage"] >= 0
+    held = kv_usage(server)
+    assert held > before
     with pytest.raises(InferenceServerException):
         await collect(client, Call("decode", prompt="Words. " * 200, handoff=handoff, sampling={"max_tokens": 0}))
     await collect(client, Call("prefill", prompt="Another one.", stream=None))  # a step, so that the statistics are new
-    wait_for(lambda: float(server.health("prefill")["kv_usage"]) < 0.005, 5, "the prefill worker's blocks to be free")
+    wait_for(lambda: kv_usage(server) < (before + held) / 2, 5, "the prefill worker's blocks to be free")

@@ -35,6 +35,7 @@ from tandem_worker.lora.vllm_loras import lora_request
 from tandem_worker.pacing import stream_interval
 from tandem_worker.pairing import is_paired
 from tandem_worker.responses import GenerationEncoder, encode_handoff
+from tandem_worker.returning import HandoffReturns
 from tandem_worker.sampling import Sampling, generation_params, handoff_params, parse_sampling, prefill_params
 from tandem_worker.speculation import speculation_of
 
@@ -71,6 +72,11 @@ class Generator:
             stream.fail(_translate(exc, dead=self.engine.errored))
         finally:
             await leg.release()
+
+    @functools.cached_property
+    def returns(self) -> HandoffReturns:
+        """One for all requests of the engine."""
+        return HandoffReturns(self.engine, self.loads)
 
     async def canary(self, request: GenerationRequest) -> None:
         """Generates for nobody, on every rank of this engine: whatever the role, nothing is handed off or pulled. Raises what it raises."""
@@ -177,6 +183,7 @@ class _Leg:
         self.request = request
         self._engine = generator.engine
         self._loads = generator.loads
+        self._returns = generator.returns
         self._unclaimed = request.handoff
         self.rank: int | None = None
         """Data-parallel rank that serves it; chosen by the first run unless the request names one."""
@@ -231,13 +238,8 @@ class _Leg:
     async def release(self) -> None:
         """Gives a handoff back that the engine never took."""
         handoff, self._unclaimed = self._unclaimed, None
-        if handoff is None or self._engine.errored:
-            return
-        try:
-            async with asyncio.timeout(_RELEASE_TIMEOUT_S):
-                await self._engine.notify_kv_transfer_request_rejected(self.request.request_id, handoff)
-        except Exception:  # the lease on the prefill side is the last resort; say that it is needed
-            log.exception("handoff.release_failed request_id=%s", self.request.request_id)
+        if handoff is not None:
+            await self._returns.give_back(self.request.request_id, handoff)
 
 
 def _translate(exc: Exception, *, dead: bool) -> TandemError:
