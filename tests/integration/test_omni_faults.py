@@ -13,8 +13,9 @@ import psutil
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from calls import Call, collect, connect
 from omni_rig import environment_with_platform, omni_environment
-from omni_running import CLIENT_S, ENDLESS, FREED_WITHIN_S, Running, serving, streaming, text
+from omni_running import CLIENT_S, ENDLESS, FREED_WITHIN_S, Running, serving, streaming, text, until
 from servers import command_of
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,8 @@ GONE_CLIENT_S = 45.0
 LEASE_S = 15.0
 """After a kill a record stays until its lease of 10 s has ended."""
 HANG_S = 4.0
+CANARY_HANG_S = 10.0
+"""Longer than a canary's bound, so that there is a time at which the worker is unwell and not lost."""
 SEEN_WITHIN_S = HANG_S + 4.0
 """Two looks, the answer, and steps of a process that shares its core with us."""
 
@@ -108,3 +111,20 @@ async def test_a_stopped_engine(environment: Path, tmp_path: Path, tiny_model: P
         await undiscovered(running, FREED_WITHIN_S)
         await traces.vanish()
         assert "host.py" in running.server.log.partition("engine.hangs")[2], "the stub's stacks"
+
+
+async def test_an_idle_engine_that_stops(environment: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Nobody asks it anything but a canary: it takes no requests from then on, and ends as one that hangs."""
+    canaries = {"DYN_HEALTH_CHECK_ENABLED": "1", "DYN_CANARY_WAIT_TIME": "1", "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": "2"}
+    with serving(environment, tmp_path, text(tiny_model), TANDEM_HANG_TIMEOUT_S=f"{CANARY_HANG_S:g}", **canaries) as running:
+        await until(lambda: running.metrics.sum_of("vllm:request_success_total") >= 2, CLIENT_S, "canaries")
+        assert running.metrics.sum_of("dynamo_component_requests_total") == 0, "a canary is no request of a client"
+        traces = running.traces()
+        for process in engine_tree(running):
+            process.send_signal(signal.SIGSTOP)
+        await until(lambda: running.server.health()["status"] == "unwell", CLIENT_S, "a late canary")
+        async with connect(running.server.grpc_url) as client:
+            with pytest.raises(InferenceServerException, match="did not answer a canary request within 2 s"):
+                await collect(client, Call("omni"))
+        await traces.vanish()
+        assert "the engine hangs: 1 requests in it" in running.server.log

@@ -6,6 +6,7 @@ Each of the two servers is shared by its tests, whose last ends or drains it. Th
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,16 @@ async def test_images_are_counted(pictures: Running) -> None:
     assert after.sum_of("vllm_omni:image_count_total") - before.sum_of("vllm_omni:image_count_total") == 2
     assert after.sum_of("dynamo_component_requests_total") - before.sum_of("dynamo_component_requests_total") == 2
     assert after.sum_of("dynamo_component_response_bytes_total") > before.sum_of("dynamo_component_response_bytes_total")
+
+
+def test_grafanas_board_asks_for_metrics_that_are_there(pictures: Running) -> None:
+    """Also those of kinds of output that this pipeline doesn't make."""
+    board = json.loads((Path(__file__).parents[2] / "dashboards" / "omni.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"\b(?:vllm_omni:|dynamo_component_)\w+", query)}
+    told = set(re.findall(r"^# TYPE (\S+)", pictures.server.metrics(), re.MULTILINE))
+    assert len(asked) > 15
+    assert {name for name in asked if name not in told and re.sub("_(bucket|sum|count)$", "", name) not in told} == set()
 
 
 async def test_an_image_that_nobody_wants_any_more(pictures: Running) -> None:

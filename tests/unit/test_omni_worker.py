@@ -68,17 +68,22 @@ def pipeline() -> ScriptedPipeline:
     return ScriptedPipeline((words("Pa", 5), words("ris", 6, end="stop")))
 
 
+def started(folder: Path, pipeline: ScriptedPipeline, **more: Any) -> OmniWorker:
+    """With an admin port of its own and a folder as discovery."""
+    (folder / "model.json").write_text(json.dumps({"model": "tiny"}))
+    given = {"role": Role.OMNI, "admin_port": 0, "drain_timeout_s": 1, "discovery": f"file:{folder / 'discovery'}", **more}
+    worker = OmniWorker(WorkerSettings(**given), "omni", folder)
+    worker.start(lambda _: pipeline)
+    return worker
+
+
 @pytest.fixture
 def worker(tmp_path: Path, pipeline: ScriptedPipeline, ends: list[str]) -> Iterator[OmniWorker]:
-    """A started one, with an admin port of its own and a folder as discovery."""
+    """A started one that is soon taken for hanging."""
     del ends
-    (tmp_path / "model.json").write_text(json.dumps({"model": "tiny"}))
-    settings = WorkerSettings(role=Role.OMNI, admin_port=0, drain_timeout_s=1, hang_timeout_s=HANG_S,
-                              discovery=f"file:{tmp_path / 'discovery'}")
-    started = OmniWorker(settings, "omni", tmp_path)
-    started.start(lambda _: pipeline)
-    yield started
-    started.stop()
+    running = started(tmp_path, pipeline, hang_timeout_s=HANG_S)
+    yield running
+    running.stop()
 
 
 def ask(worker: OmniWorker, **given: Any) -> Sink:
@@ -172,6 +177,43 @@ def test_a_dead_pipeline_ends_the_server(worker: OmniWorker, pipeline: ScriptedP
     until(lambda: ends == ["ended"])
     assert worker.host is not None
     assert worker.host.state is WorkerState.DEAD
+
+
+def test_a_pipeline_that_dies_silently_leaves_no_request_waiting(worker: OmniWorker, pipeline: ScriptedPipeline, ends: list[str]) -> None:
+    """Whatever should have failed it may be dead, too."""
+    pipeline.endless = True
+    sink = ask(worker)
+    until(lambda: bool(pipeline.orders))
+    pipeline.errored = True
+    assert isinstance(answered(sink).error, UnavailableError)
+    assert ends == ["ended"]
+
+
+def test_an_idle_pipeline_shows_that_it_computes(tmp_path: Path, pipeline: ScriptedPipeline, ends: list[str]) -> None:
+    """By one token of the stage that makes text; one that doesn't answer takes no requests until it does."""
+    del ends
+    worker = started(tmp_path, pipeline, health_check_enabled=True, canary_wait_time=LOOK_S, health_check_request_timeout=LOOK_S)
+    try:
+        until(lambda: bool(pipeline.orders))
+        order = pipeline.orders[0]
+        assert order.prompt == {"modalities": ["text"], "prompt": "Test"}
+        assert (order.sampling, order.modalities) == (({"temperature": 0.0, "max_tokens": 1}, {}), ("text",))
+        pipeline.endless = True
+        until(lambda: worker.host is not None and worker.host.state is WorkerState.UNWELL)
+        assert "did not answer a canary" in get(worker, "/health")[1]
+    finally:
+        worker.stop()
+
+
+def test_a_pipeline_without_text_gets_no_canary(tmp_path: Path, pipeline: ScriptedPipeline, ends: list[str],
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    """Which is told."""
+    del ends
+    pipeline.stages = pipeline.stages[1:]
+    worker = started(tmp_path, pipeline, health_check_enabled=True, canary_wait_time=LOOK_S)
+    worker.stop()
+    assert "no canary is sent" in caplog.text
+    assert pipeline.orders == []
 
 
 def test_a_pipeline_that_stands_still_hangs(worker: OmniWorker, pipeline: ScriptedPipeline, ends: list[str]) -> None:

@@ -43,6 +43,8 @@ _SEEN_S = 0.5
 """From then until routers have seen it, too: a folder is looked at every 0.2 s, and what is sent meanwhile is still served."""
 _DUMP_S = 1.0
 """Between the request for stacks and the end of who prints them; also a supervisor's chance to see the reason on `/live`."""
+_LAST_WORDS_S = 1.0
+"""What vLLM's client needs at most to fail the requests of a dead engine, each with the reason and after the tokens before it."""
 _ENGINE_STOP_TIMEOUT_S = 3.0
 """An idle engine has nothing to save; vLLM kills what does not exit by then."""
 
@@ -293,7 +295,7 @@ class EngineHost(Generic[S]):
         await asyncio.gather(*self._watches, return_exceptions=True)
 
     async def _watch_engine(self) -> None:
-        """vLLM fails the requests in flight itself when its engine dies; an idle worker must notice too."""
+        """vLLM fails the requests in flight itself, unless what should do so died with the engine; an idle worker must notice, too."""
         while not self.generator.engine.errored:  # noqa: ASYNC110 - vLLM offers a flag, no event
             await asyncio.sleep(_WATCH_INTERVAL_S)
         if self._lost:
@@ -301,6 +303,8 @@ class EngineHost(Generic[S]):
         self.state = WorkerState.DEAD
         log.error("engine.died: in-flight requests get UNAVAILABLE and the server exits")
         self._on_engine_death()
+        await asyncio.sleep(_LAST_WORDS_S)
+        self._fail_active("the engine of this worker died")
 
     @property
     def _lost(self) -> bool:
@@ -328,6 +332,9 @@ class EngineHost(Generic[S]):
         self._reason = reason
         self.state = state
         log.error("%s; requests in flight get UNAVAILABLE and the server exits", event)
+        self._fail_active(reason)
+        return True
+
+    def _fail_active(self, reason: str) -> None:
         for active in tuple(self._active.values()):
             self._cancel(active, UnavailableError(f"{reason}: retry on another worker or after its restart"))
-        return True

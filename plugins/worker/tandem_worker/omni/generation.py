@@ -11,10 +11,10 @@ from tandem_protocol.errors import EngineError, RequestCancelledError, TandemErr
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.images.reader import ImageReader
 from tandem_worker.load import EngineLoads
-from tandem_worker.omni.outputs import OmniAnswer, OmniEncoder, StageOutput, answer_of
+from tandem_worker.omni.outputs import AnswerReader, OmniAnswer, OmniEncoder, StageOutput
 from tandem_worker.omni.pipeline import Order, Pipeline
 from tandem_worker.omni.requests import OmniRequest, omni_prompt
-from tandem_worker.omni.terms import sampling_by_stage, wanted_modalities
+from tandem_worker.omni.terms import check_images, sampling_by_stage, wanted_modalities
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +49,23 @@ class OmniGenerator:
 
     async def _run(self, request: OmniRequest, stream: ResponseStream) -> None:
         order = await self._order(request)
-        collected = OmniAnswer()
+        reader, collected = AnswerReader(order.modalities), OmniAnswer()
         async with aclosing(self._outputs(order)) as outputs:
             async for output in outputs:
                 _refuse_aborted(output)
-                answer = answer_of(output, streamed=request.stream)
-                if not request.stream:
-                    collected.add(answer)
-                elif answer.modalities or answer.finish_reason:
+                answer = reader.read(output)
+                if request.stream and (answer.modalities or answer.finish_reason):
                     stream.push(answer)
+                else:
+                    collected.add(answer)
         collected.finished = True
         stream.push(collected)
+
+    async def canary(self, order: Order) -> None:
+        """Generates for nobody. Raises what it raises."""
+        async with aclosing(self._outputs(order)) as outputs:
+            async for _ in outputs:
+                pass
 
     async def _outputs(self, order: Order) -> AsyncGenerator[StageOutput, None]:
         load = self.loads.of(0)
@@ -76,6 +82,7 @@ class OmniGenerator:
         stages = self.engine.stages
         modalities = wanted_modalities(request.modalities, stages)
         sampling = sampling_by_stage(request.sampling, stages)
+        check_images(len(request.images), stages)
         images = await self.images.read(request.images) if request.images else ()
         prompt = omni_prompt(request, [image.pixels for image in images], modalities)
         return Order(request.request_id, prompt, sampling, modalities, request.stream)

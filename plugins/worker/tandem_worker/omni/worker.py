@@ -25,6 +25,7 @@ from tandem_protocol.errors import RequestError, UnavailableError
 from tandem_protocol.spans import open_spans
 from tandem_protocol.workers import WorkerRecord
 from tandem_worker.admin import AdminServer
+from tandem_worker.canary import Canary, Patience
 from tandem_worker.config import WorkerSettings
 from tandem_worker.host import EngineHost
 from tandem_worker.images.config import load_settings as load_image_settings
@@ -35,8 +36,10 @@ from tandem_worker.metrics.exposition import Exposition
 from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
 from tandem_worker.model_json import read_model_json
 from tandem_worker.omni.arguments import OmniArguments, complete
+from tandem_worker.omni.canary import canary_order, text_stage
 from tandem_worker.omni.generation import OmniGenerator
 from tandem_worker.omni.pipeline import Pipeline
+from tandem_worker.omni.terms import Stage
 from tandem_worker.registration import RegisteredPresence, WorkerNames, admin_url
 from tandem_worker.stacks import engine_cpu_s
 from tandem_worker.surroundings import Surroundings
@@ -72,7 +75,7 @@ class OmniWorker:
         self._server_pid = os.getppid()
         self._surroundings = Surroundings(self.settings)
         self._admin: AdminServer | None = None
-        self._health: Future[None] | None = None
+        self._watches: list[Future[None]] = []
         self._triton_models = TritonModels(settings.grpc_url)
 
     def start(self, start_pipeline: StartPipeline | None = None) -> OmniHost:
@@ -82,8 +85,13 @@ class OmniWorker:
         self._surroundings.enter({}, self._server_pid)
         pipeline = (start_pipeline or _real_pipeline())(arguments)
         host = self.host = self._build_host(pipeline, arguments, time.monotonic() - started)
+        asked = text_stage(pipeline.stages)
+        if asked is not None:
+            host.probe_with(functools.partial(self._send_canary, host, asked))
         host.start()
-        self._health = host.run(self._watch_health(host, pipeline))
+        self._watches.append(host.run(self._watch_health(host, pipeline)))
+        if self.settings.health_check_enabled:
+            self._watches.extend(self._start_canary(host, asked))
         if self.settings.effective_admin_port >= 0:
             self.admin_port = self._start_admin(host)
         if self.settings.discovery:
@@ -98,8 +106,8 @@ class OmniWorker:
             self.host.run(self.host.drain(self.settings.drain_timeout_s)).result(self.settings.drain_timeout_s + _ADMIN_TIMEOUT_S)
             if self._admin is not None:
                 self.host.run(self._stop_admin(self._admin)).result(_ADMIN_TIMEOUT_S)
-            if self._health is not None:
-                self._health.cancel()
+            for watch in self._watches:
+                watch.cancel()
             self.host.shutdown()
             self.host.generator.images.close()
         self._surroundings.leave()
@@ -126,6 +134,18 @@ class OmniWorker:
             before, told = told, pipeline.steps
             load.steps += told - before
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    def _start_canary(self, host: OmniHost, asked: Stage | None) -> list[Future[None]]:
+        if asked is None:
+            log.warning("canary.none: this pipeline makes no text, so that no canary is sent (DYN_HEALTH_CHECK_ENABLED)")
+            return []
+        settings = self.settings
+        patience = Patience(settings.canary_wait_time, settings.health_check_request_timeout, settings.step_timeout_s)
+        return [host.run(Canary(functools.partial(self._send_canary, host, asked), host.idle_s, host.judge, patience).run())]
+
+    async def _send_canary(self, host: OmniHost, asked: Stage) -> None:
+        generator = host.generator
+        await generator.canary(canary_order(self.settings.health_check_payload, generator.engine.stages, asked))
 
     def _start_admin(self, host: OmniHost) -> int:
         self._admin = AdminServer(host, self._model_name, self.settings.drain_timeout_s, self._triton_models.states,
