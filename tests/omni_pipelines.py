@@ -24,6 +24,7 @@ class Output:
     error: str | None = None
     error_status_code: int | None = None
     prompt_token_ids: list[int] | None = None
+    stage_id: int | None = None
 
 
 def words(text: str, *ids: int, end: str | None = None) -> Output:

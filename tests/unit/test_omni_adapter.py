@@ -28,7 +28,8 @@ class Omni:
     def __init__(self, failure: Exception | None = None) -> None:
         told = (SimpleNamespace(final_output=True, final_output_type="text", model_stage="thinker"),
                 SimpleNamespace(final_output=True, final_output_type="image", model_stage=None))
-        self.engine = SimpleNamespace(get_stage_metadata=told.__getitem__)
+        configs = [SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=False)), None]
+        self.engine = SimpleNamespace(get_stage_metadata=told.__getitem__, stage_vllm_configs=configs, stage_clients=[None, None])
         tokens, steps = SamplingParams(temperature=0.4, max_tokens=64, seed=5), OmniDiffusionSamplingParams(height=512)
         self.default_sampling_params_list = [tokens, steps]
         self.sampling_constraints_list: list[dict[str, Any]] = [{"top_k": 1}, {}]
@@ -62,6 +63,7 @@ def test_the_stages_are_what_the_engine_tells() -> None:
     thinker, painter = AsyncOmniPipeline(Omni()).stages
     assert (thinker.kind, thinker.name, thinker.makes) == (StageKind.LLM, "thinker", "text")
     assert (painter.kind, painter.name, painter.makes) == (StageKind.DIFFUSION, "", "image")
+    assert (thinker.takes_images, painter.takes_images) == (False, True)
     assert {"temperature", "max_tokens", "stop", "structured_outputs"} <= thinker.parameters.keys()
     assert not {"top_k", "n", "output_kind", "detokenize"} & thinker.parameters.keys()
     assert {"num_inference_steps", "height", "guidance_scale", "seed"} <= painter.parameters.keys()

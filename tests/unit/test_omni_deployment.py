@@ -9,7 +9,8 @@ import pytest
 
 from tandem_protocol.errors import ConfigError
 from tandem_worker.omni.arguments import complete
-from tandem_worker.omni.deployment import DeployedStage, parse_deployment
+from tandem_worker.omni.deployment import DeployedStage, check_pipeline, parse_deployment
+from tandem_worker.omni.terms import Stage, StageKind
 
 THINKER = {"stage_id": 0, "devices": "0", "gpu_memory_utilization": 0.8, "default_sampling_params": {"temperature": 0.4, "max_tokens": 64}}
 TALKER = {"stage_id": 1, "devices": "1", "gpu_memory_utilization": 0.8}
@@ -49,6 +50,16 @@ def test_each_mistake_has_its_sentence(config: Any, sentence: str) -> None:
     """Before anything is loaded."""
     with pytest.raises(ConfigError, match=sentence):
         parse_deployment(config)
+
+
+def test_a_pipeline_is_what_its_configuration_is_about() -> None:
+    """And makes something that can be given out."""
+    thinker, silent = Stage(0, StageKind.LLM, "thinker", "text"), Stage(0, StageKind.DIFFUSION)
+    check_pipeline((thinker,), (DeployedStage(0),))
+    with pytest.raises(ConfigError, match=r"settings for stage 1, which is not there: the pipeline has stage 0 \(thinker\)"):
+        check_pipeline((thinker,), (DeployedStage(0), DeployedStage(1)))
+    with pytest.raises(ConfigError, match="makes nothing that this model has an output for"):
+        check_pipeline((silent,), ())
 
 
 def test_vllm_omnis_own_configurations_are_taken() -> None:

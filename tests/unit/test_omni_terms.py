@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request's tensors become a prompt, parameters of each stage, and wanted modalities, or a sentence that says the fix."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tandem_protocol.errors import RequestError
 from tandem_protocol.requests import Envelope
 from tandem_protocol.roles import Role
 from tandem_worker.omni.requests import OmniRequest, omni_prompt, parse_omni_request
-from tandem_worker.omni.terms import Stage, StageKind, sampling_by_stage, wanted_modalities
+from tandem_worker.omni.terms import Stage, StageKind, check_images, sampling_by_stage, wanted_modalities
 
 TOKENS = {"temperature": float, "max_tokens": int | None, "seed": int | None, "stop": list[str] | None}
 STEPS = {"num_inference_steps": int | None, "height": int | None, "seed": int | None, "guidance_scale": float | None}
@@ -76,6 +77,16 @@ def test_all_that_the_pipeline_makes_is_wanted_unless_some_is_named() -> None:
     assert wanted_modalities(("image", "text"), STAGES) == ("text", "image")
     with pytest.raises(RequestError, match="makes no 'audio': ask in `modalities` for text, image"):
         wanted_modalities(("audio",), STAGES)
+
+
+def test_images_that_nobody_would_look_at_are_refused() -> None:
+    """Where no stage takes any."""
+    blind = tuple(replace(stage, takes_images=False) for stage in STAGES)
+    check_images(2, STAGES)
+    check_images(2, (*blind, PAINTER))
+    check_images(0, blind)
+    with pytest.raises(RequestError, match="no stage of this pipeline takes images as inputs: leave `image` out"):
+        check_images(1, blind)
 
 
 def test_a_request_is_read_like_any_other() -> None:

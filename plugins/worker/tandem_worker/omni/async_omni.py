@@ -15,13 +15,15 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_omni import AsyncOmni
+from vllm_omni.diffusion.io_support import supports_multimodal_input
 from vllm_omni.errors import OmniClientError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.plugins import load_omni_general_plugins
 
 from tandem_protocol.errors import ConfigError, EngineError, RequestError, TandemError, UnavailableError
 from tandem_worker.omni.arguments import OmniArguments
-from tandem_worker.omni.outputs import StageOutput
+from tandem_worker.omni.deployment import check_pipeline
+from tandem_worker.omni.outputs import MODALITIES, StageOutput
 from tandem_worker.omni.pipeline import Order
 from tandem_worker.omni.terms import Stage, StageKind
 
@@ -38,6 +40,7 @@ _DIFFUSION = (
 """Fields of OmniDiffusionSamplingParams that a request may set; the others are tensors and marks of vllm-omni's own."""
 _MARKED = {"guidance_scale": "guidance_scale_provided", "guidance_scale_2": "guidance_scale_2_provided"}
 """Fields that pipelines overlook unless a mark says that they were given."""
+_REFUSED_STOP_S = 10.0
 _STEPS = "vllm:iteration_tokens_total_count"
 
 
@@ -49,7 +52,8 @@ class AsyncOmniPipeline:
         self._defaults = list(omni.default_sampling_params_list)
         told = (omni.engine.get_stage_metadata(index) for index in range(len(self._defaults)))
         given = zip(told, self._defaults, omni.sampling_constraints_list, strict=True)
-        self.stages: Sequence[Stage] = tuple(_stage(index, *one) for index, one in enumerate(given))
+        self.stages: Sequence[Stage] = tuple(
+            dataclasses.replace(_stage(index, *one), takes_images=_takes_images(omni.engine, index)) for index, one in enumerate(given))
 
     @property
     def errored(self) -> bool:
@@ -119,16 +123,31 @@ def start_pipeline(arguments: OmniArguments) -> AsyncOmniPipeline:
         omni = AsyncOmni(model=arguments.model, **given)
     except (ValueError, TypeError, OSError, RuntimeError) as exc:
         raise ConfigError(f"vllm-omni could not start this pipeline: {_sentence(exc)}") from exc
-    return AsyncOmniPipeline(omni)
+    pipeline = AsyncOmniPipeline(omni)
+    try:
+        check_pipeline(pipeline.stages, arguments.deployed)
+    except ConfigError:
+        pipeline.shutdown(_REFUSED_STOP_S)
+        raise
+    return pipeline
 
 
 def _stage(index: int, told: Any, default: Any, constraints: Mapping[str, Any] | None) -> Stage:
     """`constraints` are what the pipeline sets whatever a request says, so that no request may say it."""
     kind = StageKind.DIFFUSION if isinstance(default, OmniDiffusionSamplingParams) else StageKind.LLM
-    makes = str(told.final_output_type) if told.final_output and told.final_output_type else None
+    makes = str(told.final_output_type) if told.final_output and told.final_output_type in MODALITIES else None
     parameters = _diffusion_parameters() if kind is StageKind.DIFFUSION else _llm_parameters()
     free = {name: declared for name, declared in parameters.items() if name not in (constraints or {})}
     return Stage(index, kind, told.model_stage or "", makes, free)
+
+
+def _takes_images(engine: Any, index: int) -> bool:
+    """A diffusion stage in a process of its own doesn't tell."""
+    config = engine.stage_vllm_configs[index]
+    if config is not None:
+        return bool(config.model_config.is_multimodal_model)
+    told = getattr(engine.stage_clients[index], "od_config", None)
+    return told is None or bool(supports_multimodal_input(told)[0])
 
 
 def _llm_parameters() -> Mapping[str, Any]:

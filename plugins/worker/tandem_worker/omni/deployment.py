@@ -13,6 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from tandem_protocol.errors import ConfigError
+from tandem_worker.omni.terms import Stage
 
 _KNOWN = frozenset({
     "base_config", "stages", "async_chunk", "connectors", "pipeline", "trust_remote_code", "platforms", "enable_prefix_caching",
@@ -59,6 +60,16 @@ def parse_deployment(config: Any) -> tuple[DeployedStage, ...]:
     _check_memory(stages)
     _check_edges(config.get("edges") or [], ids)
     return stages
+
+
+def check_pipeline(stages: Sequence[Stage], deployed: Iterable[DeployedStage]) -> None:
+    """A pipeline that was started against what was wanted of it. Raises ConfigError. vllm-omni overlooks settings of other stages."""
+    if not any(stage.makes for stage in stages):
+        raise ConfigError("the pipeline makes nothing that this model has an output for: use one that makes text, images or sound")
+    for one in deployed:
+        if one.id >= len(stages):
+            listed = ", ".join(stage.title for stage in stages)
+            raise ConfigError(f"the stage configuration has settings for stage {one.id}, which is not there: the pipeline has {listed}")
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:

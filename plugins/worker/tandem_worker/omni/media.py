@@ -47,14 +47,25 @@ def wav(chunks: Sequence[Samples], rate: int) -> bytes:
     return file.getvalue()
 
 
-def sound_of(payload: Any, *, latest: bool) -> list[Samples]:
-    """The chunks of a stage's payload that are not empty. `latest`: vllm-omni gathers a stream's chunks in a list, whose last is new."""
-    if not isinstance(payload, Mapping):
-        return []
-    given = next((payload[name] for name in _SOUNDS if payload.get(name) is not None), None)
-    chunks = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    samples = [_samples(chunk) for chunk in (chunks[-1:] if latest else chunks)]
-    return [one for one in samples if len(one)]
+class SoundReader:
+    """Takes what is new of the sound in a stage's payloads, in their order; chunks without samples are none.
+
+    One chunk is new as a whole; a list holds all chunks so far (vllm-omni's own endpoint reads them so).
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def read(self, payload: Any) -> list[Samples]:
+        """The next payload's."""
+        given = payload if isinstance(payload, Mapping) else {}
+        sound = next((given[name] for name in _SOUNDS if given.get(name) is not None), None)
+        if isinstance(sound, list | tuple):
+            new, self._seen = sound[self._seen:], len(sound)
+        else:
+            new = () if sound is None else (sound,)
+            self._seen += len(new)
+        return [samples for samples in map(_samples, new) if len(samples)]
 
 
 def rate_hz(payload: Any) -> int:

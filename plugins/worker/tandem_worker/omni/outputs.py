@@ -5,6 +5,7 @@ Pure: reads attributes of OmniRequestOutput (vllm-omni 0.30). The event loop mak
 sender are merged, and the sender's thread encodes them, since compressing an image takes its time.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,10 +15,10 @@ import numpy.typing as npt
 from tandem_protocol import tensors
 from tandem_protocol.errors import EngineError, RequestError, TandemError
 from tandem_protocol.streams import Arrays
-from tandem_worker.omni.media import DEFAULT_RATE_HZ, Samples, png, rate_hz, sound_of, wav
+from tandem_worker.omni.media import DEFAULT_RATE_HZ, Samples, SoundReader, png, rate_hz, wav
 from tandem_worker.omni.requests import OmniRequest
 
-TEXT, IMAGE, AUDIO = "text", "image", "audio"
+TEXT, IMAGE, AUDIO = MODALITIES = "text", "image", "audio"
 _CLIENT_ERRORS = range(400, 500)
 
 
@@ -27,6 +28,7 @@ class StageOutput(Protocol):
     outputs: list[Any]
     images: list[Any]
     prompt_token_ids: list[int] | None
+    stage_id: int | None
     final_output_type: str
     finished: bool
     error: str | None
@@ -73,8 +75,8 @@ class OmniAnswer:
         self.sound.extend(next_output.sound)
         if next_output.sound:
             self.rate = next_output.rate
-        self.num_input_tokens = next_output.num_input_tokens or self.num_input_tokens
-        self.finish_reason = next_output.finish_reason or self.finish_reason
+        self.num_input_tokens = self.num_input_tokens or next_output.num_input_tokens
+        self.finish_reason = self.finish_reason or next_output.finish_reason  # the text's: a voice that comes after it just stops
         self.finished |= next_output.finished
 
     @property
@@ -84,24 +86,35 @@ class OmniAnswer:
         return tuple(name for name, there in has if there)
 
 
-def answer_of(output: StageOutput, *, streamed: bool) -> OmniAnswer:
-    """What one output of a stage brings; a stage's end is not the request's. Raises what the stage reported.
+class AnswerReader:
+    """Reads the outputs of one request, in order. Those of a kind that isn't wanted come, too, when a later stage needs them."""
 
-    Only of a stage whose output is text its text counts: a talker's tokens are no words. `streamed`: each output brings what is new,
-    else the last brings all.
-    """
-    if output.error:
-        raise stage_error(output.error, output.error_status_code)
-    answer = OmniAnswer(num_input_tokens=len(output.prompt_token_ids or ()))
-    first = output.outputs[0] if output.outputs else None
-    answer.finish_reason = getattr(first, "finish_reason", None)
-    if output.final_output_type == TEXT and first is not None:
-        answer.outputs = [Text(str(first.text or ""), list(first.token_ids or ()), answer.finish_reason)]
-    if output.final_output_type == AUDIO:
-        answer.sound = sound_of(output.multimodal_output, latest=streamed)
-        answer.rate = rate_hz(output.multimodal_output)
-    answer.images = list(output.images)
-    return answer
+    def __init__(self, wanted: Collection[str]) -> None:
+        self._unwanted = {kind for kind in MODALITIES if kind not in wanted}
+        self._sound = SoundReader()
+        self._num_input_tokens = 0
+
+    def read(self, output: StageOutput) -> OmniAnswer:
+        """What one output of a stage brings; a stage's end is not the request's. Raises what the stage reported."""
+        if output.error:
+            raise stage_error(output.error, output.error_status_code)
+        if not output.stage_id:  # later stages read what others made
+            self._num_input_tokens = self._num_input_tokens or len(output.prompt_token_ids or ())
+        answer = OmniAnswer(num_input_tokens=self._num_input_tokens)
+        if output.final_output_type not in self._unwanted:
+            self._read_media(output, answer)
+        return answer
+
+    def _read_media(self, output: StageOutput, answer: OmniAnswer) -> None:
+        """Only of a stage whose output is text its text counts: a talker's tokens are no words."""
+        first = output.outputs[0] if output.outputs else None
+        answer.finish_reason = getattr(first, "finish_reason", None)
+        if output.final_output_type == TEXT and first is not None:
+            answer.outputs = [Text(str(first.text or ""), list(first.token_ids or ()), answer.finish_reason)]
+        if output.final_output_type == AUDIO:
+            answer.sound = self._sound.read(output.multimodal_output)
+            answer.rate = rate_hz(output.multimodal_output)
+        answer.images = list(output.images)
 
 
 def stage_error(sentence: str, status: int | None) -> TandemError:
@@ -124,8 +137,8 @@ class OmniEncoder:
 
     def encode(self, answer: OmniAnswer) -> Arrays:
         """The tensors of the next response; none for an end that brings nothing new after others."""
-        self._finish_reason = answer.finish_reason or self._finish_reason
-        self._num_input_tokens = answer.num_input_tokens or self._num_input_tokens
+        self._finish_reason = self._finish_reason or answer.finish_reason
+        self._num_input_tokens = self._num_input_tokens or answer.num_input_tokens
         if self._sent and answer.finished and not answer.modalities:
             return {}
         self._sent = True

@@ -41,6 +41,8 @@ class Stage:
     """`text`, `image` or `audio` that leaves the pipeline here; None for a stage that only feeds others."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Sampling parameters that a request may set: name -> declared type."""
+    takes_images: bool = True
+    """As inputs; also where nobody can tell."""
 
     @property
     def title(self) -> str:
@@ -75,6 +77,12 @@ def wanted_modalities(given: Sequence[str], stages: Sequence[Stage]) -> tuple[st
         if one not in made:
             raise RequestError(f"this pipeline makes no {one!r}: ask in `modalities` for {', '.join(made)}, or leave it out for all")
     return tuple(one for one in made if one in given) if given else made
+
+
+def check_images(count: int, stages: Sequence[Stage]) -> None:
+    """Raises RequestError for images that nobody would look at: a diffusion stage that takes none overlooks them in silence."""
+    if count and not any(stage.takes_images for stage in stages):
+        raise RequestError("no stage of this pipeline takes images as inputs: leave `image` out")
 
 
 def _own(given: Any) -> Mapping[str, Mapping[str, Any]]:
