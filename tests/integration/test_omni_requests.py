@@ -195,6 +195,17 @@ async def test_an_image_that_fails_disturbs_no_other(pictures: Running) -> None:
     assert pictures.server.health()["status"] == "ready"
 
 
+@pytest.mark.parametrize(("more", "bound"), [
+    ({"num_inference_steps": 1001}, "TANDEM_OMNI_MAX_STEPS"), ({"height": 2**21}, "TANDEM_OMNI_MAX_PIXELS"),
+])
+async def test_what_no_stage_could_bear_reaches_none(pictures: Running, more: dict[str, int], bound: str) -> None:
+    """It would be computed for minutes, or take the worker's memory."""
+    async with connect(pictures.server.grpc_url) as client:
+        with pytest.raises(InferenceServerException, match=bound):
+            await collect(client, Call("omni", "a cat", {**IMAGE, **more}))
+    assert pictures.server.health()["active"] == 0
+
+
 async def test_images_are_counted(pictures: Running) -> None:
     """As many as were made."""
     before = pictures.metrics

@@ -19,11 +19,12 @@ from tandem_router.config import RouterSettings
 from tandem_worker.config import WorkerSettings
 from tandem_worker.encode.config import EmbeddingSettings
 from tandem_worker.images.config import ImageSettings
+from tandem_worker.omni.config import OmniSettings
 
 ROOT = Path(__file__).parents[2]
 DASH = "\N{EN DASH}"
-SETTINGS = (WorkerSettings, ImageSettings, EmbeddingSettings, RouterSettings, KvbmSettings, ConsolidatorSettings, PlannerConfig,
-            ServiceSettings, PodSettings)
+SETTINGS = (WorkerSettings, ImageSettings, OmniSettings, EmbeddingSettings, RouterSettings, KvbmSettings, ConsolidatorSettings,
+            PlannerConfig, ServiceSettings, PodSettings)
 
 
 @pytest.mark.parametrize(

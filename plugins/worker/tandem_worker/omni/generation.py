@@ -11,6 +11,8 @@ from tandem_protocol.errors import EngineError, RequestCancelledError, TandemErr
 from tandem_protocol.streams import ResponseStream
 from tandem_worker.images.reader import ImageReader
 from tandem_worker.load import EngineLoads
+from tandem_worker.omni.bounds import check_bounds
+from tandem_worker.omni.config import OmniSettings
 from tandem_worker.omni.outputs import AnswerReader, OmniAnswer, OmniEncoder, StageOutput
 from tandem_worker.omni.pipeline import Order, Pipeline
 from tandem_worker.omni.requests import OmniRequest, omni_prompt
@@ -29,6 +31,7 @@ class OmniGenerator:
     loads: EngineLoads
     """Those of the whole pipeline, as if it were one engine: requests in it, and its pulse, which is steps of its stages and outputs."""
     images: ImageReader = field(default_factory=ImageReader)
+    bounds: OmniSettings = field(default_factory=OmniSettings)
 
     async def serve(self, request: OmniRequest, stream: ResponseStream, active: int) -> None:
         """Runs one request to its end and ends its stream, also on errors; only cancellation is passed on."""
@@ -82,6 +85,7 @@ class OmniGenerator:
         stages = self.engine.stages
         modalities = wanted_modalities(request.modalities, stages)
         sampling = sampling_by_stage(request.sampling, stages)
+        check_bounds(sampling, stages, self.bounds)
         check_images(len(request.images), stages)
         images = await self.images.read(request.images) if request.images else ()
         prompt = omni_prompt(request, [image.pixels for image in images], modalities)

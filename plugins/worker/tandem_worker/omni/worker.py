@@ -37,6 +37,7 @@ from tandem_worker.metrics.labels import Labels, dynamo_labels, parse_labels
 from tandem_worker.model_json import read_model_json
 from tandem_worker.omni.arguments import OmniArguments, complete
 from tandem_worker.omni.canary import canary_order, text_stage
+from tandem_worker.omni.config import load_settings as load_bounds
 from tandem_worker.omni.generation import OmniGenerator
 from tandem_worker.omni.pipeline import Pipeline
 from tandem_worker.omni.terms import Stage
@@ -70,6 +71,7 @@ class OmniWorker:
         self.exposition = Exposition((REGISTRY, self.metrics.registry))
         self.admin_port = -1
         """As bound; -1 while, or if, there is none."""
+        self._image_settings, self._bounds = load_image_settings(), load_bounds()  # before minutes of loading
         self._spans = open_spans("tandem-worker")
         self._model_name, self._model_dir = model_name, model_dir
         self._server_pid = os.getppid()
@@ -113,7 +115,7 @@ class OmniWorker:
         self._surroundings.leave()
 
     def _build_host(self, pipeline: Pipeline, arguments: OmniArguments, load_time_s: float) -> OmniHost:
-        generator = OmniGenerator(pipeline, EngineLoads(), ImageReader(load_image_settings()))
+        generator = OmniGenerator(pipeline, EngineLoads(), ImageReader(self._image_settings), self._bounds)
         cpu_s = functools.partial(engine_cpu_s, is_cpu=pipeline.on_cpu)
         host = OmniHost(generator, watched(self.settings, pipeline), self._end_server, cpu_s, self.metrics.stream, self._spans)
         self.metrics.follow(lambda: EngineFigures(host.status().active, load_time_s, ()))
