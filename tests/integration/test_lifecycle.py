@@ -64,7 +64,10 @@ async def streaming(server: Server) -> AsyncIterator["asyncio.Task[Any]"]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.parametrize(("victim", "message"), [(_engine, "engine"), (_stub, ""), (_server, "")], ids=["engine", "stub", "tritonserver"])
+@pytest.mark.parametrize(("victim", "message"), [
+    pytest.param(_engine, "engine", id="engine"), pytest.param(_stub, "", id="stub"),
+    pytest.param(_server, "", id="tritonserver", marks=pytest.mark.slow),  # the quick run kills servers in tests/fault_tolerance
+])  # fmt: skip
 async def test_kill_9(tmp_path: Path, tiny_model: Path, victim: Callable[[Server], psutil.Process], message: str) -> None:
     """The request in flight ends with an error, the server goes down so that a supervisor restarts it, nothing is left."""
     shm, scratch = shm_files(), scratch_folders()
