@@ -16,6 +16,7 @@ usage: ./build.sh COMMAND [ARGUMENTS]
   bench NAME        run a benchmark: serving [--json]
   image [OPTIONS]   build the container image (--help tells the options)
   chart             check the Helm chart and package it into dist/
+  omni-env          make vllm-omni's environment and print its folder; serve --omni makes it, too (docs/omni.md)
   tandem ...        the tandem command: generate, chat, status, ...
 EOF
 }
@@ -64,6 +65,40 @@ link_checkout() {
   printf '%s' "$checkout" > "$env/.checkout"
 }
 
+# vllm-omni's environment lies beside the common one and is named after it, so that another Python or lock makes another. One of your own
+# (TANDEM_OMNI_ENV) is used as it is.
+ensure_omni_environment() {
+  local lock=requirements/omni-cpu.txt
+  if has_gpu; then lock=requirements/omni-cuda.txt; fi
+  if [ -z "${TANDEM_OMNI_ENV:-}" ]; then
+    TANDEM_OMNI_ENV="$env-omni-$(sha256sum < "$lock" | cut -c1-12)"
+    [ -e "$TANDEM_OMNI_ENV/.complete" ] || create_omni_environment "$TANDEM_OMNI_ENV" "$lock"
+    printf '%s' "$TANDEM_OMNI_ENV" > "$env/.omni"  # where `tandem serve` and `tandem doctor` look for it
+  fi
+  export TANDEM_OMNI_ENV
+}
+
+# What differs from the common environment; a .pth adds the common one's packages after its own, and with them this checkout.
+create_omni_environment() {
+  local omni="$1" lock="$2" packages
+  printf "making vllm-omni's environment %s (once, 2 to 5 minutes)\n" "$omni" >&2
+  rm -rf "$omni"
+  "$env/bin/python" -m venv --without-pip "$omni" || die "the environment $omni could not be made: see above"
+  "$env/bin/python" -m pip --python "$omni/bin/python" install --no-input --disable-pip-version-check --progress-bar on --no-deps -r "$lock" >&2 ||
+    die "vllm-omni's environment could not be installed: see above; try again when the package index is reachable"
+  packages="$("$omni/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  printf 'import site; site.addsitedir("%s")\n' "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > "$packages/tandem.pth"
+  # An index may have torchvision's build for CUDA alone, whose operators don't load here.
+  if [ "$lock" = requirements/omni-cpu.txt ]; then echo 'import tandem_worker.omni.torchvision_import as torchvision_import; torchvision_import.install()' >> "$packages/tandem.pth"; fi
+  "$omni/bin/python" -c 'import torch, torchvision, transformers, tandem_worker.omni' || die "what was installed in $omni does not import: see above"
+  touch "$omni/.complete"
+}
+
+# Whether these arguments of `serve` want an environment that isn't named.
+wants_omni_environment() {
+  case " $* " in *" --omni-env"[=\ ]* | *" --help "* | *" -h "*) return 1 ;; *" --omni "*) return 0 ;; *) return 1 ;; esac
+}
+
 check() {
   "$env/bin/ruff" check . && "$env/bin/mypy" && PYTHONPATH="$root" "$env/bin/lint-imports"
 }
@@ -97,10 +132,12 @@ _main() {
   case "$command" in
     -h | --help | help) usage; return ;;
     image) exec container/build.sh "$@" ;;
-    serve | stop | test | check | bench | chart | tandem) ensure_environment ;;
+    serve | stop | test | check | bench | chart | omni-env | tandem) ensure_environment ;;
     *) usage >&2; die "unknown command '$command'" ;;
   esac
+  if [ "$command" = omni-env ] || { [ "$command" = serve ] && wants_omni_environment "$@"; }; then ensure_omni_environment; fi
   case "$command" in
+    omni-env) printf '%s\n' "$TANDEM_OMNI_ENV" ;;
     serve | stop) exec "$env/bin/tandem" "$command" "$@" ;;
     tandem) exec "$env/bin/tandem" "$@" ;;
     test) check && test_all "$@" ;;
