@@ -27,6 +27,15 @@ def delta(text: str | None = None, *, final: bool = False, finish_reason: str = 
     return service_pb2.ModelStreamInferResponse(infer_response=response)
 
 
+def files(**outputs: bytes) -> Any:
+    """The only response of a pipeline: one file in each of these outputs, and no text."""
+    response = delta("", final=True)
+    for name, content in outputs.items():
+        response.infer_response.outputs.add(name=name, datatype="BYTES", shape=[1])
+        response.infer_response.raw_output_contents.append(len(content).to_bytes(4, "little") + content)
+    return response
+
+
 def failure(message: str) -> Any:
     """A streamed error without a status, as older servers send it."""
     return service_pb2.ModelStreamInferResponse(error_message=message)

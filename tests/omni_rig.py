@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real tritonserver with one omni worker on a CPU, in vllm-omni's own environment, which `TANDEM_OMNI_ENV` names (docs/omni.md)."""
+"""A real tritonserver with one omni worker on a CPU, in vllm-omni's own environment (docs/omni.md)."""
 
-import json
-import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,12 +13,18 @@ from typing import Any
 import pytest
 
 from servers import free_ports, get_json, get_text, wait_for
+from tandem_cli.serve.fleet import Fleet, WorkerPlan
+from tandem_cli.serve.omni_environment import VARIABLE, chosen_folder
+from tandem_cli.serve.repository import write_repository
 from tandem_cli.serve.tritonserver import find_triton, join_backends, server_command, server_environment
+from tandem_protocol.roles import Role
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 600
 _MADE_WITHIN_S = 300
 _EXIT_TIMEOUT_S = 60
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+"""What stages on few cores need of the environment."""
 _ENTRY_POINTS = """[vllm_omni.platform_plugins]
 omni_cpu = omni_cpu:platform
 [vllm_omni.general_plugins]
@@ -53,10 +56,10 @@ class OmniServer:
 
 
 def omni_environment() -> Path:
-    """The environment, or the test is skipped."""
-    given = os.environ.get("TANDEM_OMNI_ENV", "")
+    """The one of the variable, else the one that build.sh made; or the test is skipped."""
+    given = chosen_folder(None)
     if not (Path(given) / "bin" / "activate").is_file():
-        pytest.skip("vllm-omni's environment is not there: make it as docs/omni.md says and name it in TANDEM_OMNI_ENV")
+        pytest.skip(f"vllm-omni's environment is not there: make it with ./build.sh omni-env, or name one in {VARIABLE}")
     return Path(given)
 
 
@@ -89,12 +92,11 @@ def serve_omni(environment: Path, folder: Path, arguments: Mapping[str, Any], mo
     first = free_ports(5)
     install = find_triton()
     join_backends(install, ROOT / "backends" / "vllm", folder / "backends")
-    _write_repository(environment, folder / "models", arguments)
+    worker = WorkerPlan("omni", Role.OMNI, 0, execution_env=str(environment), arguments=dict(arguments))
+    write_repository(Fleet((worker,), ()), str(arguments["model"]), ROOT / "model_repository", folder / "models")
     command = server_command(install, folder / "models", folder / "backends", (first, first + 1, first + 2), START_TIMEOUT_S)
-    variables = {"DYN_SYSTEM_PORT": str(first + 3), "TANDEM_WORKER_INDEX": "0",
-                 "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}", "TANDEM_DISCOVERY": f"file:{folder / 'discovery'}",
-                 "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1",
-                 **more}
+    variables = {"DYN_SYSTEM_PORT": str(first + 3), "TANDEM_GRPC_URL": f"127.0.0.1:{first + 1}",
+                 "TANDEM_DISCOVERY": f"file:{folder / 'discovery'}", **CPU, **more}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=server_environment(install, variables))
     server = OmniServer(f"127.0.0.1:{first + 1}", f"http://127.0.0.1:{first + 3}", folder / "server.log", process)
@@ -116,12 +118,3 @@ def _is_ready(http_port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _write_repository(environment: Path, target: Path, arguments: Mapping[str, Any]) -> None:
-    model = target / "omni"
-    shutil.copytree(ROOT / "model_repository" / "omni", model, ignore=shutil.ignore_patterns("__pycache__"))
-    config = (model / "config.pbtxt").read_text().replace('string_value: "4"', 'string_value: "0"')
-    added = f'parameters {{ key: "EXECUTION_ENV_PATH" value: {{ string_value: "{environment}" }} }}\n'
-    (model / "config.pbtxt").write_text(config + added)
-    (model / "1" / "model.json").write_text(json.dumps(dict(arguments)))

@@ -5,11 +5,13 @@ import argparse
 import asyncio
 import io
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fake_triton import FakeModel, FakeTriton, answer, delta, silence_after
+from fake_triton import FakeModel, FakeTriton, answer, delta, files, silence_after
 from tandem_cli import chat, generate
 from tandem_cli.chat import Chat
 from tandem_cli.client import GenerationClient
@@ -88,6 +90,57 @@ async def test_generate_without_streaming_prints_the_summary_alone(capsys: pytes
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["event"] == "summary"
     assert not next(tensor for tensor in model.requests[0].inputs if tensor.name == "stream").contents.bool_contents[0]
+
+
+def sampling(model: FakeModel) -> Any:
+    """The sampling parameters that a model was sent last."""
+    [tensor] = [one for one in model.requests[-1].inputs if one.name == "sampling_parameters"]
+    return json.loads(tensor.contents.bytes_contents[0])
+
+
+async def test_a_pipelines_files_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Byte by byte, in one response; a pipeline gets the sampling parameters that were given, and none of ours."""
+    content = b"\x89PNG\xff\x00"
+    omni = FakeModel(answer(files(image_output=content, audio_output=b"RIFF\xfe")), parameters={"role": "omni"})
+    async with FakeTriton({"omni": omni}) as server:
+        assert await command(server, "generate", "a cat", "--raw", "--sampling", '{"seed": 1}', "--output", str(tmp_path / "cat.png")) == 0
+        assert await command(server, "generate", "a cat", "--raw") == 0
+    assert (tmp_path / "cat.png").read_bytes() == content
+    assert (tmp_path / "cat.wav").read_bytes() == b"RIFF\xfe"
+    assert not next(tensor for tensor in omni.requests[0].inputs if tensor.name == "stream").contents.bool_contents[0]
+    assert sampling(omni) == {}
+    assert "2 files (images or sound) are not shown" in capsys.readouterr().err
+
+
+async def test_sampling_parameters_lie_over_our_defaults() -> None:
+    """Of a model that generates text."""
+    model = FakeModel(answer(*HELLO))
+    async with FakeTriton({"vllm": model}) as server:
+        assert await command(server, "generate", "Hi", "--raw", "--temperature", "1", "--sampling", '{"seed": 1}') == 0
+    assert sampling(model) == {"max_tokens": 256, "temperature": 1.0, "seed": 1}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+def test_sampling_parameters_that_are_no_json_object(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Are misuse."""
+    with pytest.raises(SystemExit):
+        parsed(generate, "hi", "--sampling", text)
+    assert "JSON" in capsys.readouterr().err
+
+
+async def test_an_output_that_gets_nothing_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model answers with text, or there is no such folder."""
+    async with FakeTriton({"vllm": FakeModel(answer(*HELLO))}) as server:
+        assert await command(server, "generate", "Hi", "--raw", "--output", str(tmp_path / "x")) == 1
+        assert await command(server, "generate", "Hi", "--raw", "--output", str(tmp_path / "no" / "x")) == 2
+    assert "neither image nor sound" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_are_named_by_their_format() -> None:
+    """And numbered from the second on."""
+    assert generate.paths(Path("d/cat.png"), [".png", ".png", ".wav"]) == [Path("d/cat.png"), Path("d/cat-1.png"), Path("d/cat.wav")]
+    assert generate.paths(Path("v1.5"), [".wav"]) == [Path("v1.5.wav")]
 
 
 async def test_generate_reads_the_prompt_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from tandem_cli.doctor.checks import CHECKS, Verdict, examine
@@ -17,11 +18,14 @@ from tandem_cli.doctor.facts import (
     LimitFacts,
     ModelFacts,
     NixlFacts,
+    OmniFacts,
     ServiceFacts,
     TritonFacts,
 )
+from tandem_cli.serve.omni_environment import OmniEnvironment
 
 GIB = 1 << 30
+OMNI = OmniEnvironment("/omni", (3, 11), {"vllm": "0.30.0", "vllm-omni": "0.30.0", "torch": "2.13.0", "numpy": "1.26.4"})
 H200 = Gpu("NVIDIA H200", "570.86.15", 143771, 0)
 STUB = TritonFacts("/opt/tritonserver/bin/tritonserver", "2.51.0", ("libpython3.11.so.1.0",))
 MOVED = NixlFacts("cpu", "cma/memory", "zero-copy", 64 << 20, 0.01, intact=True)
@@ -29,7 +33,7 @@ GOOD = Facts(
     host=HostFacts("Linux", "x86_64", (3, 11), 16, 64 * GIB, 8 * GIB), gpu=GpuFacts((H200,)), limits=LimitFacts(1 << 20, None),
     busy_ports=(), triton=STUB, packages={"numpy": "1.26.4", "vllm": "0.32.0", "torch": "2.13.0"}, nixl=MOVED,
     discovery=ServiceFacts("etcd://e:2379", "2 workers are registered"), prometheus=ServiceFacts("http://p:9090", "3 targets, 3 up"),
-    model=ModelFacts("/m", GIB),
+    model=ModelFacts("/m", GIB), omni=OmniFacts(OMNI),
 )
 NO_GPU = GpuFacts()
 
@@ -46,6 +50,11 @@ def packages(**changes: str | None) -> dict[str, Any]:
 
 
 CASES = [
+    ("omni", {}, Verdict.OK, "vllm-omni 0.30.0 with vLLM 0.30.0 in /omni"),
+    ("omni", {"omni": OmniFacts()}, Verdict.SKIPPED, "no environment of vllm-omni"),
+    ("omni", {"gpu": NO_GPU}, Verdict.WARNING, "runs no stage on a CPU"),
+    ("omni", {"omni": OmniFacts(OMNI, named=True), "gpu": NO_GPU}, Verdict.FAILURE, "runs no stage on a CPU"),
+    ("omni", host(python=(3, 12)), Verdict.WARNING, "has Python 3.11, and Triton's stub here is for 3.12"),
     ("platform", {}, Verdict.OK, "Linux x86_64, Python 3.11, 16 cores, 64.0 GiB"),
     ("platform", host(system="Darwin"), Verdict.FAILURE, "Darwin"),
     ("platform", host(machine="aarch64"), Verdict.FAILURE, "aarch64"),
@@ -125,7 +134,8 @@ def test_only_a_failure_makes_unhealthy() -> None:
 
 def test_the_table_has_a_line_for_each_check_and_each_fix() -> None:
     """In the order of the checks."""
-    lines = plain_table(examine(replace(GOOD, gpu=NO_GPU))).splitlines()
+    omni = OmniFacts(msgspec.structs.replace(OMNI, platforms=("ours",)))
+    lines = plain_table(examine(replace(GOOD, gpu=NO_GPU, omni=omni))).splitlines()
     assert len(lines) == len(CHECKS) + 1
     assert lines[0].startswith("platform       ok    Linux")
     assert lines[1].startswith("gpu            WARN  no NVIDIA GPU")

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tandem_cli.main import SUBCOMMANDS
-from tandem_cli.serve import command_serve, options
-from tandem_cli.serve.fleet import Fleet, Hardware, plan_fleet
+from tandem_cli.serve import command_serve, omni, options
+from tandem_cli.serve.fleet import Fleet, Hardware
+from tandem_cli.serve.omni_environment import OmniEnvironment
 from tandem_cli.serve.options import ServeOptions, parse_options
 from tandem_worker.connectors import transfer_config
 
@@ -38,9 +39,11 @@ EXPECTED = {
     "agg_spec_decoding_eagle3": ["vllm"],
     "agg_multimodal_epd": ["vllm", "encode", "encode_agg"],
     "disagg_multimodal_epd": ["prefill", "decode", "encode", "disagg", "encode_disagg", "router"],
-    "agg_lora": ["vllm"], "dep": ["vllm", "router"],
+    "agg_lora": ["vllm"], "agg_omni": ["omni"], "dep": ["vllm", "router"],
 }
 """The models of each script, over all servers that it starts."""
+OMNI = OmniEnvironment("/omni", sys.version_info[:2], {"vllm": "0.30.0", "vllm-omni": "0.30.0", "torch": "2.13.0", "numpy": "1.26.4"},
+                       platforms=("cpu",))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def record(script: Path, folder: Path, *arguments: str) -> list[Recorded]:
 
 def given(script: Path, folder: Path) -> list[str]:
     """What a script asks for before all options: an adapter's folder, an image's file."""
-    return {"agg_lora": [str(folder)], "agg_multimodal_epd": [str(script)], "disagg_multimodal_epd": [str(script)]}.get(script.stem, [])
+    own = {"agg_lora": folder, "agg_omni": folder, "agg_multimodal_epd": script, "disagg_multimodal_epd": script}.get(script.stem)
+    return [] if own is None else [str(own)]
 
 
 def serve_options(command: Recorded, monkeypatch: pytest.MonkeyPatch) -> ServeOptions:
@@ -83,9 +87,11 @@ def serve_options(command: Recorded, monkeypatch: pytest.MonkeyPatch) -> ServeOp
 
 
 def planned(serve: ServeOptions, gpus: int, monkeypatch: pytest.MonkeyPatch) -> Fleet:
-    """The fleet on a host of many cores where every connector is installed, with the settings of every worker resolved."""
+    """The fleet on a host of many cores where every connector and vllm-omni are installed, with the settings of every worker resolved."""
     monkeypatch.setattr(command_serve, "transfer_config", functools.partial(transfer_config, installed=lambda _: True))
-    fleet = plan_fleet(serve.mode, serve.counts, serve.only, Hardware(tuple(range(16)), gpus), serve.engine_arguments)
+    monkeypatch.setattr(command_serve, "probe", lambda _: OMNI)
+    monkeypatch.setattr(omni, "known_arguments", lambda _: frozenset({"max_model_len"}))
+    fleet = command_serve._plan(serve, Hardware(tuple(range(16)), gpus))
     for worker in fleet.workers:
         command_serve._settings(worker, serve)
     return fleet

@@ -18,6 +18,8 @@ from tandem_protocol.errors import RequestError
 
 DEFAULT_RETURNS = (tensors.FINISH_REASON, tensors.NUM_INPUT_TOKENS, tensors.NUM_OUTPUT_TOKENS)
 
+MEDIA_SUFFIXES = {tensors.IMAGE_OUTPUT: ".png", tensors.AUDIO_OUTPUT: ".wav"}
+"""Outputs whose elements are whole files, and how such files end."""
 _KNOWN_RETURNS = frozenset(spec.name for spec in tensors.OPTIONAL_OUTPUTS)
 _UNFINISHED = "None"
 
@@ -60,6 +62,11 @@ class Delta:
     def text(self) -> str:
         """Text since the last response; all of it when the request doesn't stream."""
         return str(self._first(tensors.TEXT_OUTPUT) or "")
+
+    @property
+    def files(self) -> tuple[tuple[str, bytes], ...]:
+        """Images and sounds, each with the suffix of its format."""
+        return tuple((suffix, file) for name, suffix in MEDIA_SUFFIXES.items() for file in self.outputs.get(name, ()))
 
     @property
     def output_ids(self) -> tuple[int, ...]:
@@ -120,7 +127,8 @@ def encode_abort(model: str, request_id: str) -> service_pb2.ModelInferRequest:
 def decode(message: service_pb2.ModelInferResponse) -> Delta:
     """Reads one response; an empty final one has no outputs."""
     result = InferResult(message)
-    outputs = {output.name: _values(result.as_numpy(output.name).reshape(-1).tolist()) for output in message.outputs}
+    flat = {output.name: result.as_numpy(output.name).reshape(-1).tolist() for output in message.outputs}
+    outputs = {name: tuple(items) if name in MEDIA_SUFFIXES else _values(items) for name, items in flat.items()}
     final = "triton_final_response" in message.parameters and message.parameters["triton_final_response"].bool_param
     return Delta(outputs, bool(final))
 

@@ -14,17 +14,20 @@ from tandem_cli.client import GenerationClient
 from tandem_cli.messages import Delta, GenerationRequest
 from tandem_cli.templates import Message, Template, choose_template
 from tandem_protocol.errors import ConfigError, UnavailableError
+from tandem_protocol.roles import Role
 
-PREFERRED_MODELS = ("router", "disagg", "vllm")
+PREFERRED_MODELS = ("router", "disagg", "vllm", "omni")
 """What `--model` defaults to: the first of these that is ready."""
+DEFAULT_SAMPLING: Mapping[str, Any] = {"max_tokens": 256, "temperature": 0.0}
+"""Greedy, so that answers repeat. A pipeline of vllm-omni keeps to its own: a stage that makes images knows neither."""
 
 
 def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that one prompt and a conversation have in common."""
     parser.add_argument("--url", default="localhost:8001", help="Triton's gRPC address (default: %(default)s)")
     parser.add_argument("--model", help=f"Triton model to ask (default: the first that is ready of {', '.join(PREFERRED_MODELS)})")
-    parser.add_argument("--max-tokens", type=positive_int, default=256, help="most tokens of an answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy, so that answers repeat (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=positive_int, help="most tokens of an answer (default: 256)")
+    parser.add_argument("--temperature", type=temperature, help="0 is greedy, so that answers repeat (default: 0)")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--tokenizer", metavar="PATH", help="model folder with the chat template (default: what the server names)")
     parser.add_argument("--chatml", action="store_true", help="use ChatML, whatever the model")
@@ -59,6 +62,8 @@ class Target:
 
     model: str
     template: Template | None
+    is_pipeline: bool = False
+    """Whether it is one of vllm-omni's."""
 
 
 async def find_target(client: GenerationClient, args: argparse.Namespace, *, raw: bool = False) -> Target:
@@ -68,7 +73,7 @@ async def find_target(client: GenerationClient, args: argparse.Namespace, *, raw
     for info in reversed(await client.tree(model)):
         parameters.update({name: value for name, value in info.parameters.items() if value})
     template = await asyncio.to_thread(choose_template, parameters, raw=raw, chatml=args.chatml, tokenizer=args.tokenizer)
-    return Target(model, template)
+    return Target(model, template, parameters.get("role") == Role.OMNI)
 
 
 async def _default_model(client: GenerationClient) -> str:
@@ -81,9 +86,11 @@ async def _default_model(client: GenerationClient) -> str:
     raise ConfigError(f"none of {', '.join(PREFERRED_MODELS)} is ready at {client.url}: pick one of {', '.join(ready)} with --model")
 
 
-def build_request(args: argparse.Namespace, model: str, prompt: str, *, stream: bool) -> GenerationRequest:
+def build_request(args: argparse.Namespace, model: str, prompt: str, *, stream: bool,
+                  defaults: Mapping[str, Any] = DEFAULT_SAMPLING) -> GenerationRequest:
     """The request for one prompt under these options."""
-    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    given = {name: value for name in DEFAULT_SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = {**defaults, **given, **(getattr(args, "sampling", None) or {})}
     return GenerationRequest(model=model, prompt=prompt, sampling=sampling, stream=stream, timeout_s=args.timeout_s)
 
 
@@ -103,6 +110,8 @@ class Tally:
     finish_reason: str | None = None
     num_input_tokens: int | None = None
     num_output_tokens: int | None = None
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+    """Images and sounds, each with the suffix of its format."""
     ttft_s: float | None = None
     started_s: float = field(init=False)
 
@@ -114,6 +123,7 @@ class Tally:
         if self.ttft_s is None and delta.outputs:
             self.ttft_s = self.clock() - self.started_s
         self.text += delta.text
+        self.files += delta.files
         self.finish_reason = delta.finish_reason or self.finish_reason
         if delta.num_input_tokens is not None:
             self.num_input_tokens = delta.num_input_tokens

@@ -270,7 +270,7 @@ class WorkerSettings:
     def publishes_kv_events(self) -> bool:
         """Whether a router has a use for this worker's KV events: decode workers' only serve conditional disaggregation."""
         role = self.effective_role
-        return role is not Role.ENCODE and (role is not Role.DECODE or self.conditional_disagg)
+        return role not in (Role.ENCODE, Role.OMNI) and (role is not Role.DECODE or self.conditional_disagg)
 
     @property
     def effective_consolidated_port(self) -> int:

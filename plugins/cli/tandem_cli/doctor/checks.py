@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tandem_cli.doctor.facts import Facts, ServiceFacts
+from tandem_cli.serve.omni_environment import fault_of
 from tandem_cli.serve.preflight import ENGINE_BYTES, GIB, SHM_BYTES
 
 PYTHONS = ((3, 11), (3, 12))
@@ -169,6 +170,17 @@ def check_vllm(facts: Facts) -> Finding:
     return ok(says)
 
 
+def check_omni(facts: Facts) -> Finding:
+    """vllm-omni's environment, for those who serve a pipeline; that it can't here is a failure only where one was named."""
+    found, named = facts.omni.found, facts.omni.named
+    if not found.folder:
+        return skipped("no environment of vllm-omni", "for serve --omni: ./build.sh omni-env")
+    fault = fault_of(found, len(facts.gpu.gpus), facts.host.python)
+    if fault is None:
+        return ok(f"vllm-omni {found.versions['vllm-omni']} with vLLM {found.vllm} in {found.folder}")
+    return failure(fault.says, fault.fix) if named else warning(fault.says, fault.fix)
+
+
 _FASTER = ("between processes of one host allow CMA (container: --cap-add SYS_PTRACE), for GPUs CUDA IPC (--ipc=host --pid=host), "
            "between hosts RDMA; look at UCX_TLS")
 
@@ -221,8 +233,8 @@ def check_model(facts: Facts) -> Finding:
 
 CHECKS: dict[str, Callable[[Facts], Finding]] = {
     "platform": check_platform, "gpu": check_gpu, "shared memory": check_shared_memory, "limits": check_limits, "ports": check_ports,
-    "tritonserver": check_tritonserver, "stub": check_stub, "numpy": check_numpy, "vllm": check_vllm, "nixl": check_nixl,
-    "discovery": check_discovery, "prometheus": check_prometheus, "model": check_model,
+    "tritonserver": check_tritonserver, "stub": check_stub, "numpy": check_numpy, "vllm": check_vllm, "omni": check_omni,
+    "nixl": check_nixl, "discovery": check_discovery, "prometheus": check_prometheus, "model": check_model,
 }
 """In the order of the report."""
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks whether this host can serve: hardware, limits, ports, tritonserver, packages, NIXL (by a real transfer), discovery, Prometheus
-and the model's files. Exit code 1 if something fails; warnings and what was skipped don't count."""
+"""Looks whether this host can serve: hardware, limits, ports, tritonserver, packages, vllm-omni's environment, NIXL (by a real transfer),
+discovery, Prometheus and the model's files. Exit code 1 if something fails; warnings and what was skipped don't count."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from tandem_cli.doctor.checks import Finding, Verdict, examine
 from tandem_cli.doctor.facts import Facts, NixlFacts
 from tandem_cli.doctor.model_probe import probe_model
 from tandem_cli.doctor.nixl_test import run_transfer
-from tandem_cli.doctor.probes import probe_gpu, probe_host, probe_limits, probe_packages, probe_ports, probe_triton
+from tandem_cli.doctor.probes import probe_gpu, probe_host, probe_limits, probe_omni, probe_packages, probe_ports, probe_triton
 from tandem_cli.doctor.service_probes import probe_discovery, probe_prometheus
 from tandem_cli.serve.embedded_model import embedded_model
 from tandem_cli.turn import print_json
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--discovery", default=os.environ.get("TANDEM_DISCOVERY", ""), help="discovery URL to look at, e.g. etcd://host:2379")
     parser.add_argument("--prometheus", default="", help="Prometheus to look at, e.g. http://host:9090")
     parser.add_argument("--http-port", type=int, default=8000, help="Triton's HTTP port; gRPC and metrics are the next two (default: 8000)")
+    parser.add_argument("--omni-env", default="", help="vllm-omni's environment (default: TANDEM_OMNI_ENV, else build.sh's)")
     parser.add_argument("--no-nixl", action="store_true", help="leave out the transfer, which takes about half a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -48,7 +49,8 @@ def gather(args: argparse.Namespace) -> Facts:
     """All facts; the slow ones last."""
     return Facts(
         host=probe_host(), gpu=probe_gpu(), limits=probe_limits(), busy_ports=probe_ports(_ports(args.http_port)), triton=probe_triton(),
-        packages=probe_packages(), discovery=probe_discovery(args.discovery), prometheus=probe_prometheus(args.prometheus.rstrip("/")),
+        packages=probe_packages(), omni=probe_omni(args.omni_env),
+        discovery=probe_discovery(args.discovery), prometheus=probe_prometheus(args.prometheus.rstrip("/")),
         model=probe_model(args.model or _embedded_model()), nixl=NixlFacts(skipped=True) if args.no_nixl else run_transfer(),
     )
 

@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tandem_cli.serve.omni_environment import OmniEnvironment
+
 
 @dataclass(frozen=True)
 class HostFacts:
@@ -97,6 +99,14 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class OmniFacts:
+    """vllm-omni's environment, and whether somebody named it: then it is meant to serve here."""
+
+    found: OmniEnvironment = field(default_factory=OmniEnvironment)
+    named: bool = False
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that the checks look at."""
 
@@ -111,3 +121,4 @@ class Facts:
     discovery: ServiceFacts = ServiceFacts()
     prometheus: ServiceFacts = ServiceFacts()
     model: ModelFacts = ModelFacts("")
+    omni: OmniFacts = OmniFacts()

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tandem_cli.doctor.facts import BusyPort, Gpu, GpuFacts, HostFacts, LimitFacts, TritonFacts
+from tandem_cli.doctor.facts import BusyPort, Gpu, GpuFacts, HostFacts, LimitFacts, OmniFacts, TritonFacts
+from tandem_cli.serve import omni_environment
 from tandem_cli.serve.preflight import available_memory, is_free, owner_of
 from tandem_cli.serve.tritonserver import find_triton, server_environment
 from tandem_protocol.errors import ConfigError
@@ -72,6 +73,12 @@ def probe_packages() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def probe_omni(given: str) -> OmniFacts:
+    """vllm-omni's environment: the given one, the one of the environment, the one that build.sh made, none."""
+    found = omni_environment.probe(omni_environment.chosen_folder(given))
+    return OmniFacts(found, named=bool(given or os.environ.get(omni_environment.VARIABLE)))
 
 
 def probe_triton() -> TritonFacts:

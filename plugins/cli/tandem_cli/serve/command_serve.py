@@ -25,6 +25,9 @@ from tandem_cli.serve.embedded_model import embedded_model
 from tandem_cli.serve.fleet import ROUTER, Fleet, Hardware, WorkerPlan, plan_fleet
 from tandem_cli.serve.headless import FOLLOWER, follower_options, start_follower, wait_until_tied
 from tandem_cli.serve.layout import RunFolder, run_folder, source_root
+from tandem_cli.serve.omni import MODEL as PIPELINE
+from tandem_cli.serve.omni import MODEL_FILES, plan_pipeline
+from tandem_cli.serve.omni_environment import probe
 from tandem_cli.serve.options import KV_SPACE_GIB, KV_SPACE_VARIABLE, ServeOptions, parse_options
 from tandem_cli.serve.preflight import GIB, Port, check_memory, check_model, check_ports, check_shared_memory, detect_hardware
 from tandem_cli.serve.readiness import tail, wait_until_ready
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     folder = run_folder(options.http_port)
     _refuse_second_run(folder)
     hardware = detect_hardware()
-    fleet = plan_fleet(options.mode, options.counts, options.only, hardware, options.engine_arguments)
+    fleet = _plan(options, hardware)
     settings = [_settings(worker, options) for worker in fleet.workers]
     if there := existing_checkpoint(settings, options.counts.routers):
         print(there, flush=True)
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     check_ports([*_ports(options, settings), *(Port(port, "admin of the router", "--router-admin-port") for port in routers),
                  *(port for sidecar in sidecars for port in sidecar.ports())])
     if options.model:
-        check_model(options.model)
+        check_model(options.model, MODEL_FILES if options.omni else ("config.json",))
     options = replace(options, model=options.model or str(embedded_model()))
     environment = {**_discovery(options, folder), **_embeddings(fleet, folder), **workers_environment(sidecars),
                    **_environment(options, fleet, hardware)}
@@ -83,6 +86,14 @@ def run(args: argparse.Namespace) -> int:
             raise
     print("the checkpoint was taken, and its server ended", flush=True)
     return 0
+
+
+def _plan(options: ServeOptions, hardware: Hardware) -> Fleet:
+    if options.omni is None:
+        return plan_fleet(options.mode, options.counts, options.only, hardware, options.engine_arguments)
+    if not options.model:
+        raise ConfigError("--omni serves the pipeline that --model names: give its folder or hub id")
+    return plan_pipeline(options.omni, probe(options.omni.environment), options.model, options.engine_arguments, hardware.gpus)
 
 
 def _serve(state: RunState, folder: RunFolder, options: ServeOptions) -> int:
@@ -136,6 +147,8 @@ def _settings(worker: WorkerPlan, options: ServeOptions) -> WorkerSettings:
     """The settings as the worker will resolve them; contradictions show now, not in half a minute."""
     parameters = {"role": worker.role.value, "worker_index": str(worker.index)}
     settings = load_settings(parameters, {**os.environ, **options.environment})
+    if settings.effective_role is Role.OMNI:
+        return settings
     if "kv_transfer_config" in worker.arguments:
         if settings.connector is not None:
             raise ConfigError("--connector and --kv-transfer-config exclude each other: remove one of them")
@@ -256,10 +269,14 @@ def _summary(state: RunState, folder: RunFolder) -> str:
         *(f"  admin    {url} (router)" for url in state.router_urls),
         f"  log      {folder.log}",
         "try:",
-        (
-            f"  curl -sN localhost:{state.http_port}/v2/models/{model}/generate_stream -d "
-            "'{\"text_input\": \"<|im_start|>user\\nWhat is the capital of France?<|im_end|>\\n<|im_start|>assistant\\n\", "
-            "\"stream\": true, \"temperature\": 0, \"max_tokens\": 32}'"
-        ),
+        f"  {_example(model, state)}",
     ]
     return "\n".join(lines)
+
+
+def _example(model: str, state: RunState) -> str:
+    if model == PIPELINE:
+        return f'tandem generate --url localhost:{state.grpc_port} --model {model} --output answer "a cat on a roof"'
+    return (f"curl -sN localhost:{state.http_port}/v2/models/{model}/generate_stream -d "
+            "'{\"text_input\": \"<|im_start|>user\\nWhat is the capital of France?<|im_end|>\\n<|im_start|>assistant\\n\", "
+            "\"stream\": true, \"temperature\": 0, \"max_tokens\": 32}'")

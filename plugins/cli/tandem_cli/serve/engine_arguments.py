@@ -6,7 +6,7 @@ import difflib
 import functools
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,30 @@ _ARGUMENT_CLASSES = frozenset({"EngineArgs", "AsyncEngineArgs"})
 
 def parse_engine_arguments(tokens: Sequence[str]) -> dict[str, Any]:
     """Parses what `tandem serve` itself doesn't know. Raises ConfigError for what vLLM doesn't know either."""
+    arguments = read_arguments(tokens)
+    if known := known_engine_arguments():
+        check_known(arguments, known | {HEADLESS})  # which is an option of `vllm serve` only
+    check_speculation(arguments, known_speculative_methods())
+    return arguments
+
+
+def read_arguments(tokens: Sequence[str]) -> dict[str, Any]:
+    """Names and values as they stand there. Raises ConfigError for what is not written --name value."""
     arguments: dict[str, Any] = {}
     rest = list(tokens)
     while rest:
         name, value, rest = _take(rest)
         arguments[name] = value
-    for name in arguments:
-        _check_known(name)
-    check_speculation(arguments, known_speculative_methods())
     return arguments
+
+
+def check_known(names: Iterable[str], known: Set[str]) -> None:
+    """Raises ConfigError for the first that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "see vLLM's engine arguments"
+            raise ConfigError(f"unknown argument --{name.replace('_', '-')}: {hint}")
 
 
 def _take(tokens: list[str]) -> tuple[str, Any, list[str]]:
@@ -54,21 +69,16 @@ def _value(text: str) -> Any:
         return text
 
 
-def _check_known(name: str) -> None:
-    known = known_engine_arguments()
-    if known and name not in known and name != HEADLESS:  # which is an option of `vllm serve` only
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean --{close[0].replace('_', '-')}?" if close else "see vLLM's engine arguments"
-        raise ConfigError(f"unknown argument --{name.replace('_', '-')}: {hint}")
-
-
 @functools.cache
 def known_engine_arguments() -> frozenset[str]:
     """The fields of vLLM's AsyncEngineArgs, read off its source: importing vLLM takes seconds. Empty without vLLM."""
     tree = _source("engine", "arg_utils.py")
-    if tree is None:
-        return frozenset()
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in _ARGUMENT_CLASSES]
+    return frozenset() if tree is None else fields_of(tree, _ARGUMENT_CLASSES)
+
+
+def fields_of(tree: ast.Module, names: Set[str]) -> frozenset[str]:
+    """The annotated fields of a module's classes of these names."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
     return frozenset(
         item.target.id for cls in classes for item in cls.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
     )

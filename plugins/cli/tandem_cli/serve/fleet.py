@@ -40,6 +40,8 @@ class WorkerPlan:
     index: int
     cores: str = ""
     gpus: str = ""
+    execution_env: str = ""
+    """A virtual environment for this worker alone (Triton's EXECUTION_ENV_PATH); empty: the launcher's own."""
     arguments: dict[str, Any] = field(default_factory=dict)
 
 

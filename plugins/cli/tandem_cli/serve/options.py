@@ -10,8 +10,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from tandem_cli.serve.engine_arguments import parse_engine_arguments
+from tandem_cli.serve.engine_arguments import parse_engine_arguments, read_arguments
 from tandem_cli.serve.fleet import Counts, Mode
+from tandem_cli.serve.omni import OmniOptions
+from tandem_cli.serve.omni_environment import VARIABLE, chosen_folder
 from tandem_kvbm.config import KvbmSettings
 from tandem_protocol.errors import ConfigError
 from tandem_protocol.roles import Role
@@ -41,6 +43,8 @@ class ServeOptions:
     environment: dict[str, str]
     """Worker settings given as flags, as environment variables."""
     engine_arguments: dict[str, Any]
+    omni: OmniOptions | None = None
+    """A pipeline instead of engines; its arguments stand in `engine_arguments`, unchecked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", action="store_true", help="return when ready instead of following the log")
     parser.add_argument("--start-timeout", type=int, default=START_TIMEOUT_S, metavar="S",
                         help=f"seconds to wait (default {START_TIMEOUT_S})")
+    _add_omni(parser.add_argument_group("omni", "a pipeline of vllm-omni as the model `omni`, and nothing else; see docs/omni.md"))
     workers = parser.add_argument_group("worker settings", "for every worker of this server; see docs/configuration.md")
     for name, spec in specs_of(WorkerSettings).items():
         if spec.flag:
@@ -72,7 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     routers = parser.add_argument_group("router settings", "see docs/configuration.md")
     for name, spec in router_specs().items():
         _add_setting(routers, name, spec.parse is parse_bool, f"{spec.help} [{spec.env}]")
-    parser.epilog = "Everything else is an engine argument of vLLM, e.g. --max-model-len 2048 --enforce-eager."
+    parser.epilog = "Everything else is an engine argument of vLLM, e.g. --max-model-len 2048 --enforce-eager; with --omni of AsyncOmni."
+
+
+def _add_omni(group: Any) -> None:
+    group.add_argument("--omni", action="store_true", help="serve the pipeline --model")
+    group.add_argument("--omni-env", metavar="FOLDER",
+                       help=f"vllm-omni's environment (default: {VARIABLE}, else the one that ./build.sh omni-env made)")
+    group.add_argument("--deploy-config", "--stage-configs-path", metavar="FILE",
+                       help="vllm-omni's deploy configuration: devices, memory and defaults of each stage (default: the model's own)")
 
 
 def router_specs() -> dict[str, SettingSpec]:
@@ -99,21 +112,35 @@ def parse_options(args: argparse.Namespace) -> ServeOptions:
     """Checks options and settings. Raises ConfigError."""
     environment = _environment(args)
     only = _only(environment)
+    omni = _omni(args, only)
     if only is not None and args.mode is not None:
         raise ConfigError(f"--is-{only}-worker serves one role alone, so it can't be combined with --mode {args.mode}: drop one of them")
     return ServeOptions(
         model=args.model or os.environ.get("TANDEM_MODEL") or None,
         mode=Mode(args.mode or Mode.BOTH),
         only=only,
-        counts=Counts(args.workers, args.prefill, args.decode, _routers(args.routers, only), args.encode),
+        counts=Counts(args.workers, args.prefill, args.decode, 0 if omni else _routers(args.routers, only), args.encode),
         http_port=args.http_port,
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,
         detach=args.detach,
         start_timeout_s=args.start_timeout,
         environment=environment,
-        engine_arguments=parse_engine_arguments(args.passthrough),
+        engine_arguments=read_arguments(args.passthrough) if omni else parse_engine_arguments(args.passthrough),
+        omni=omni,
     )
+
+
+def _omni(args: argparse.Namespace, only: Role | None) -> OmniOptions | None:
+    """A pipeline has a server of its own, so what is for engines does not fit it."""
+    if not args.omni:
+        if args.omni_env or args.deploy_config:
+            raise ConfigError("--omni-env and --deploy-config are for a pipeline of vllm-omni: give --omni, too")
+        return None
+    if only is not None or args.mode or args.routers or args.encode or (args.workers, args.prefill, args.decode) != (1, 1, 1):
+        raise ConfigError("--omni serves one pipeline and nothing else: leave out --mode, the roles and the numbers of workers and "
+                          "routers, and start other servers for them on ports of their own")
+    return OmniOptions(chosen_folder(args.omni_env), args.deploy_config)
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:

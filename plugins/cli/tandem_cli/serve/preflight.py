@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +91,12 @@ def owner_of(number: int) -> str:
     return ""
 
 
-def check_model(model: str) -> None:
-    """A folder must be a model; a hub id must be cached, or the hub reachable. Raises ConfigError."""
+def check_model(model: str, files: Sequence[str] = ("config.json",)) -> None:
+    """A folder must hold one of `files`, as a model does; a hub id must be cached, or the hub reachable. Raises ConfigError."""
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ConfigError(f"{model} has no config.json: give the folder of a Hugging Face model")
+        if not any((path / file).exists() for file in files):
+            raise ConfigError(f"{model} has no {' or '.join(files)}: give the folder of a Hugging Face model")
         return
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ConfigError(f"there is no model folder {model}: give an existing folder, or a hub id like org/name")

@@ -8,7 +8,7 @@ from pathlib import Path
 from tandem_cli.serve.fleet import ROUTER, EnsemblePlan, Fleet, WorkerPlan
 from tandem_protocol.roles import Role
 
-TEMPLATES = {Role.AGGREGATED: "vllm", Role.PREFILL: "prefill", Role.DECODE: "decode", Role.ENCODE: "encode"}
+TEMPLATES = {Role.AGGREGATED: "vllm", Role.PREFILL: "prefill", Role.DECODE: "decode", Role.ENCODE: "encode", Role.OMNI: "omni"}
 
 
 def write_repository(fleet: Fleet, model: str, source: Path, target: Path) -> None:
@@ -29,11 +29,13 @@ def _write_worker(worker: WorkerPlan, model: str, template: Path, folder: Path) 
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = (folder / "config.pbtxt").read_text().splitlines()
     kept = [line for line in config if not line.startswith("name:") and '"worker_index"' not in line]
-    parameters = {"model": model, "worker_index": str(worker.index), "gpus": worker.gpus, "cpu_cores": worker.cores}
+    parameters = {"model": model, "worker_index": str(worker.index), "gpus": worker.gpus, "cpu_cores": worker.cores,
+                  "EXECUTION_ENV_PATH": worker.execution_env}
     added = [f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in parameters.items() if value]
     (folder / "config.pbtxt").write_text("\n".join([f'name: "{worker.name}"', *kept, *added]) + "\n")
     model_json = folder / "1" / "model.json"
-    model_json.write_text(json.dumps({**json.loads(model_json.read_text()), **worker.arguments}, indent=2) + "\n")
+    shipped = json.loads(model_json.read_text()) if model_json.exists() else {}
+    model_json.write_text(json.dumps({**shipped, **worker.arguments}, indent=2) + "\n")
 
 
 def _write_router(instances: int, model: str, template: Path, folder: Path) -> None:
