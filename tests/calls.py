@@ -34,6 +34,7 @@ class Call:
     request_id: str = ""
     parameters: Mapping[str, Any] | None = None
     timeout_us: int | None = None
+    modalities: tuple[str, ...] = ()
 
     def inputs(self) -> list[Any]:
         """The input tensors."""
@@ -47,6 +48,8 @@ class Call:
             tensors["sampling_parameters"] = np.array([text.encode()], dtype=np.object_)
         if self.images:
             tensors["image"] = np.array(list(self.images), dtype=np.object_)
+        if self.modalities:
+            tensors["modalities"] = np.array([one.encode() for one in self.modalities], dtype=np.object_)
         if self.handoff is not None:
             tensors["kv_transfer_params"] = np.array([self.handoff], dtype=np.object_)
         flags = {"stream": self.stream, "exclude_input_in_output": self.exclude_input_in_output,

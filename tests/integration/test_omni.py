@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.grpc.aio as grpcclient
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -32,15 +31,6 @@ class OmniCall(Call):
 
     model: str = "omni"
     prompt: str | list[int] | None = "The capital of France is"
-    modalities: tuple[str, ...] = ()
-
-    def inputs(self) -> list[Any]:
-        """With the wanted modalities."""
-        if not self.modalities:
-            return super().inputs()
-        tensor = grpcclient.InferInput("modalities", [len(self.modalities)], "BYTES")
-        tensor.set_data_from_numpy(np.array([one.encode() for one in self.modalities], dtype=np.object_))
-        return [*super().inputs(), tensor]
 
 
 @pytest.fixture(scope="module")

@@ -33,22 +33,22 @@ class CPUGenerationModelRunner(GPUGenerationModelRunner, _Plain):  # type: ignor
 
 
 class _Worker(OmniWorkerMixin, CPUWorker):  # type: ignore[misc]
-    runner: type
+    model_runner_cls: type
 
     def init_device(self) -> None:
         self.use_v2_model_runner = False  # which has none of vllm-omni's hooks
         super().init_device()
         init_workspace_manager(self.device, 1)
-        self.model_runner = self.runner(self.vllm_config, self.device)
+        self.model_runner = self.model_runner_cls(self.vllm_config, self.device)
 
 
 class CPUARWorker(_Worker):
     """Of a stage that makes tokens one by one."""
 
-    runner = CPUARModelRunner
+    model_runner_cls = CPUARModelRunner
 
 
 class CPUGenerationWorker(_Worker):
     """Of a stage that makes its output at once."""
 
-    runner = CPUGenerationModelRunner
+    model_runner_cls = CPUGenerationModelRunner

@@ -9,7 +9,7 @@ import pytest
 
 from tandem_protocol.errors import ConfigError
 from tandem_worker.omni.arguments import complete
-from tandem_worker.omni.deployment import DeployedStage, check_pipeline, parse_deployment
+from tandem_worker.omni.deployment import DeployedStage, check_pipeline, check_settings, parse_deployment
 from tandem_worker.omni.terms import Stage, StageKind
 
 THINKER = {"stage_id": 0, "devices": "0", "gpu_memory_utilization": 0.8, "default_sampling_params": {"temperature": 0.4, "max_tokens": 64}}
@@ -22,7 +22,7 @@ def test_the_stages_are_read() -> None:
     edges = [{"from": 0, "to": 1}, {"from": 1, "to": 2}]
     stages = parse_deployment({"async_chunk": False, "stages": [VOCODER, THINKER, TALKER], "edges": edges})
     assert [stage.id for stage in stages] == [0, 1, 2]
-    assert stages[0] == DeployedStage(0, (0,), 0.8, {"temperature": 0.4, "max_tokens": 64})
+    assert stages[0] == DeployedStage(0, (0,), 0.8, {"temperature": 0.4, "max_tokens": 64}, frozenset(THINKER))
     assert parse_deployment({"stages": [{"stage_id": 0, "devices": "0, 1"}]})[0].devices == (0, 1)
     assert parse_deployment({"base_config": "other.yaml"}) == ()
 
@@ -52,6 +52,14 @@ def test_each_mistake_has_its_sentence(config: Any, sentence: str) -> None:
         parse_deployment(config)
 
 
+def test_a_setting_that_no_engine_knows_is_refused() -> None:
+    """With the nearest that one knows."""
+    stages = parse_deployment({"stages": [THINKER, {**TALKER, "max_num_sequences": 4}]})
+    check_settings(stages, {*THINKER, "max_num_sequences"})
+    with pytest.raises(ConfigError, match=r"stage 1 .* has an unknown setting 'max_num_sequences': did you mean 'max_num_seqs'"):
+        check_settings(stages, {*THINKER, "max_num_seqs"})
+
+
 def test_a_pipeline_is_what_its_configuration_is_about() -> None:
     """And makes something that can be given out."""
     thinker, silent = Stage(0, StageKind.LLM, "thinker", "text"), Stage(0, StageKind.DIFFUSION)
@@ -66,11 +74,13 @@ def test_vllm_omnis_own_configurations_are_taken() -> None:
     """Where it is installed: every deploy configuration that it ships."""
     vllm_omni = pytest.importorskip("vllm_omni", exc_type=ImportError)
     yaml = pytest.importorskip("yaml")
+    from tandem_worker.omni.async_omni import stage_settings
+
     folder = Path(vllm_omni.__file__).parent / "deploy"
     refused = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            parse_deployment(yaml.safe_load(path.read_text()))
+            check_settings(parse_deployment(yaml.safe_load(path.read_text())), stage_settings())
         except ConfigError as exc:
             refused[path.name] = str(exc)
     assert refused == {}

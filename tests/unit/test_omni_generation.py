@@ -89,6 +89,25 @@ async def test_an_error_ends_the_stream_after_what_came_before(script: Any, kind
     assert pipeline.closed == ["r"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_text_that_is_only_painted_does_not_come(stream: bool) -> None:
+    """The pipeline makes it all the same."""
+    sink = await served(ScriptedPipeline(ANSWER), request(modalities=["image"], stream=[stream]))
+    first = sink.responses[0]
+    assert (first["text_output"], len(first["image_output"]), first["modality"]) == ([b""], 1, [b"image"])
+    assert sink.responses[1:] == ([{}] if stream else [])
+
+
+async def test_images_that_no_stage_takes_are_refused_before_they_are_fetched() -> None:
+    """A diffusion stage would overlook them in silence."""
+    pipeline = ScriptedPipeline(ANSWER)
+    pipeline.stages = [replace(stage, takes_images=False) for stage in pipeline.stages]
+    sink = await served(pipeline, request(image=[b"http://example.org/a.png"]))
+    assert isinstance(sink.error, RequestError)
+    assert "takes images" in str(sink.error)
+    assert pipeline.orders == []
+
+
 async def test_a_wrong_request_never_reaches_the_pipeline() -> None:
     """Its sentence is the answer."""
     pipeline = ScriptedPipeline(ANSWER)

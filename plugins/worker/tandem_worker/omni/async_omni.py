@@ -15,14 +15,17 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_omni import AsyncOmni
+from vllm_omni.config.stage_config import StageDeployConfig, StagePipelineConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.io_support import supports_multimodal_input
+from vllm_omni.engine.arg_utils import OmniEngineArgs
 from vllm_omni.errors import OmniClientError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.plugins import load_omni_general_plugins
 
 from tandem_protocol.errors import ConfigError, EngineError, RequestError, TandemError, UnavailableError
 from tandem_worker.omni.arguments import OmniArguments
-from tandem_worker.omni.deployment import check_pipeline
+from tandem_worker.omni.deployment import check_pipeline, check_settings
 from tandem_worker.omni.outputs import MODALITIES, StageOutput
 from tandem_worker.omni.pipeline import Order
 from tandem_worker.omni.terms import Stage, StageKind
@@ -41,6 +44,8 @@ _DIFFUSION = (
 _MARKED = {"guidance_scale": "guidance_scale_provided", "guidance_scale_2": "guidance_scale_2_provided"}
 """Fields that pipelines overlook unless a mark says that they were given."""
 _REFUSED_STOP_S = 10.0
+_OLDER = frozenset({"engine_args", "runtime", "is_comprehension"})
+"""Settings of stages in an older form, which vllm-omni still reads or at least has in configurations of its own."""
 _STEPS = "vllm:iteration_tokens_total_count"
 
 
@@ -115,6 +120,7 @@ def _step_counts() -> list[float]:
 
 def start_pipeline(arguments: OmniArguments) -> AsyncOmniPipeline:
     """Starts all stages; blocks for as long as that takes. Raises ConfigError for what vllm-omni refuses."""
+    check_settings(arguments.deployed, stage_settings())
     load_omni_general_plugins()  # which may bring pipelines; vllm-omni itself loads them too late for its own look-up
     given = dict(arguments.engine)
     if arguments.deploy_config is not None:
@@ -130,6 +136,13 @@ def start_pipeline(arguments: OmniArguments) -> AsyncOmniPipeline:
         pipeline.shutdown(_REFUSED_STOP_S)
         raise
     return pipeline
+
+
+def stage_settings() -> frozenset[str]:
+    """All that a deploy configuration may say of a stage: its own fields, the arguments of either kind of engine, and what the pipeline
+    says itself (vllm-omni's own configurations repeat some of that)."""
+    classes = (StageDeployConfig, StagePipelineConfig, OmniEngineArgs, OmniDiffusionConfig)
+    return _OLDER.union(field.name for one in classes for field in dataclasses.fields(one))
 
 
 def _stage(index: int, told: Any, default: Any, constraints: Mapping[str, Any] | None) -> Stage:

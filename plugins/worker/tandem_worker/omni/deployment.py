@@ -7,7 +7,7 @@ another is vllm-omni's own, by the model, but for `edges`. Written for vllm-omni
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -37,6 +37,8 @@ class DeployedStage:
     """Of each of its devices."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Defaults, which a request overrides."""
+    settings: frozenset[str] = frozenset()
+    """Names of all that is set of it."""
 
 
 def parse_deployment(config: Any) -> tuple[DeployedStage, ...]:
@@ -60,6 +62,15 @@ def parse_deployment(config: Any) -> tuple[DeployedStage, ...]:
     _check_memory(stages)
     _check_edges(config.get("edges") or [], ids)
     return stages
+
+
+def check_settings(deployed: Iterable[DeployedStage], known: Collection[str]) -> None:
+    """Raises ConfigError for a setting that no engine knows: vllm-omni drops it with a line in the log."""
+    for stage in deployed:
+        for name in sorted(stage.settings - set(known)):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+            raise ConfigError(f"stage {stage.id} of the stage configuration has an unknown setting {name!r}: {hint}")
 
 
 def check_pipeline(stages: Sequence[Stage], deployed: Iterable[DeployedStage]) -> None:
@@ -95,7 +106,7 @@ def _stage(given: Any) -> DeployedStage:
     if not isinstance(sampling, Mapping):
         raise ConfigError(f"default_sampling_params of stage {stage_id} must be a mapping")
     share = _share(stage_id, given.get("gpu_memory_utilization"))
-    return DeployedStage(stage_id, _devices(stage_id, given.get("devices")), share, dict(sampling))
+    return DeployedStage(stage_id, _devices(stage_id, given.get("devices")), share, dict(sampling), frozenset(map(str, given)))
 
 
 def _devices(stage_id: int, given: Any) -> tuple[int, ...]:
