@@ -2,6 +2,7 @@
 """An omni worker whose parts are killed or stopped: a real tritonserver with a real AsyncOmni on a CPU, named by TANDEM_OMNI_ENV."""
 
 import asyncio
+import json
 import re
 import signal
 import time
@@ -14,6 +15,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from calls import Call, collect, connect
+from omni_models import STORY, make_story
 from omni_rig import environment_with_platform, omni_environment
 from omni_running import CLIENT_S, ENDLESS, FREED_WITHIN_S, Running, serving, streaming, text, until
 from servers import command_of
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 GONE_CLIENT_S = 45.0
 """What a client of a killed stub waits for: Triton's end, which the guard enforces."""
+LONG_PICTURE = {"stages": {"painter": {"num_inference_steps": 400, "height": 64, "width": 64}}}
 LEASE_S = 15.0
 """After a kill a record stays until its lease of 10 s has ended."""
 HANG_S = 4.0
@@ -128,3 +131,28 @@ async def test_an_idle_engine_that_stops(environment: Path, tmp_path: Path, tiny
                 await collect(client, Call("omni"))
         await traces.vanish()
         assert "the engine hangs: 1 requests in it" in running.server.log
+
+
+def painter_of(running: Running) -> psutil.Process:
+    """The process of the stage that paints."""
+    return next(one for one in stub_of(running).children() if "Diffusion" in f"{one.name()} {command_of(one)}")
+
+
+@pytest.mark.parametrize(("victim", "message", "lease_s"), [(painter_of, "no live replica|the pipeline of this worker died", 5.0),
+                                                            (server_of, None, LEASE_S)], ids=["painter", "tritonserver"])
+async def test_kill_9_while_a_later_stage_works(environment: Path, tmp_path: Path, tiny_model: Path,
+                                                victim: Callable[[Running], psutil.Process], message: str | None, lease_s: float) -> None:
+    """A text that is being painted: as where there is one stage."""
+    (tmp_path / "deploy.yaml").write_text(json.dumps(STORY))  # JSON is YAML
+    arguments = {"model": str(make_story(environment, tmp_path, tiny_model)), "deploy_config": "../../../deploy.yaml"}
+    with serving(environment, tmp_path, arguments) as running:
+        async with streaming(running.server.grpc_url, 2, sampling=LONG_PICTURE) as tasks:
+            await until(lambda: running.metrics.sum_of("vllm:request_success_total") == 2, CLIENT_S, "both texts")
+            traces = running.traces()
+            victim(running).send_signal(signal.SIGKILL)
+            for task in tasks:
+                with pytest.raises((InferenceServerException, grpc.RpcError), match=message):
+                    await asyncio.wait_for(task, SEEN_WITHIN_S)
+        await traces.vanish()
+        await undiscovered(running, lease_s)
+        assert "Segfault" not in running.server.log
