@@ -29,7 +29,8 @@ class Omni:
         told = (SimpleNamespace(final_output=True, final_output_type="text", model_stage="thinker"),
                 SimpleNamespace(final_output=True, final_output_type="image", model_stage=None))
         configs = [SimpleNamespace(model_config=SimpleNamespace(is_multimodal_model=False)), None]
-        self.engine = SimpleNamespace(get_stage_metadata=told.__getitem__, stage_vllm_configs=configs, stage_clients=[None, None])
+        self.engine = SimpleNamespace(get_stage_metadata=told.__getitem__, stage_vllm_configs=configs, stage_clients=[None, None],
+                                      stage_configs=[SimpleNamespace(prompt_transform_func=None)] * 2)
         tokens, steps = SamplingParams(temperature=0.4, max_tokens=64, seed=5), OmniDiffusionSamplingParams(height=512)
         self.default_sampling_params_list = [tokens, steps]
         self.sampling_constraints_list: list[dict[str, Any]] = [{"top_k": 1}, {}]

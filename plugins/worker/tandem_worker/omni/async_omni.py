@@ -155,11 +155,11 @@ def _stage(index: int, told: Any, default: Any, constraints: Mapping[str, Any] |
 
 
 def _takes_images(engine: Any, index: int) -> bool:
-    """A diffusion stage in a process of its own doesn't tell."""
+    """A diffusion stage in a process of its own doesn't tell, nor does a stage whose prompt is rewritten before it gets it."""
     config = engine.stage_vllm_configs[index]
-    if config is not None:
+    if config is not None and engine.stage_configs[index].prompt_transform_func is None:
         return bool(config.model_config.is_multimodal_model)
-    told = getattr(engine.stage_clients[index], "od_config", None)
+    told = None if config is not None else getattr(engine.stage_clients[index], "od_config", None)
     return told is None or bool(supports_multimodal_input(told)[0])
 
 

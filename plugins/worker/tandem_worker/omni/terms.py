@@ -80,9 +80,9 @@ def wanted_modalities(given: Sequence[str], stages: Sequence[Stage]) -> tuple[st
 
 
 def check_images(count: int, stages: Sequence[Stage]) -> None:
-    """Raises RequestError for images that nobody would look at: a diffusion stage that takes none overlooks them in silence."""
-    if count and not any(stage.takes_images for stage in stages):
-        raise RequestError("no stage of this pipeline takes images as inputs: leave `image` out")
+    """Raises RequestError for images that the first stage would refuse, or overlook in silence, as diffusion does."""
+    if count and not stages[0].takes_images:
+        raise RequestError(f"{stages[0].title} of this pipeline, to which images go first, takes none: leave `image` out")
 
 
 def _own(given: Any) -> Mapping[str, Mapping[str, Any]]:
