@@ -23,6 +23,8 @@ EOF
 
 die() { printf 'build.sh: %s\n' "$1" >&2; exit 2; }
 
+. container/omni.sh
+
 find_python() {
   local candidate
   for candidate in ${TANDEM_PYTHON:-python3.11 python3.12 python3}; do
@@ -72,26 +74,14 @@ ensure_omni_environment() {
   if has_gpu; then lock=requirements/omni-cuda.txt; fi
   if [ -z "${TANDEM_OMNI_ENV:-}" ]; then
     TANDEM_OMNI_ENV="$env-omni-$(sha256sum < "$lock" | cut -c1-12)"
-    [ -e "$TANDEM_OMNI_ENV/.complete" ] || create_omni_environment "$TANDEM_OMNI_ENV" "$lock"
-    printf '%s' "$TANDEM_OMNI_ENV" > "$env/.omni"  # where `tandem serve` and `tandem doctor` look for it
+    if [ ! -e "$TANDEM_OMNI_ENV/.complete" ]; then
+      printf "making vllm-omni's environment %s (once, 2 to 5 minutes)\n" "$TANDEM_OMNI_ENV" >&2
+      make_omni_environment "$env" "$TANDEM_OMNI_ENV" "$lock" --progress-bar on >&2
+      touch "$TANDEM_OMNI_ENV/.complete"
+    fi
+    printf '%s' "$TANDEM_OMNI_ENV" > "$env/.omni"  # an older one may have been made since
   fi
   export TANDEM_OMNI_ENV
-}
-
-# What differs from the common environment; a .pth adds the common one's packages after its own, and with them this checkout.
-create_omni_environment() {
-  local omni="$1" lock="$2" packages
-  printf "making vllm-omni's environment %s (once, 2 to 5 minutes)\n" "$omni" >&2
-  rm -rf "$omni"
-  "$env/bin/python" -m venv --without-pip "$omni" || die "the environment $omni could not be made: see above"
-  "$env/bin/python" -m pip --python "$omni/bin/python" install --no-input --disable-pip-version-check --progress-bar on --no-deps -r "$lock" >&2 ||
-    die "vllm-omni's environment could not be installed: see above; try again when the package index is reachable"
-  packages="$("$omni/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-  printf 'import site; site.addsitedir("%s")\n' "$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > "$packages/tandem.pth"
-  # An index may have torchvision's build for CUDA alone, whose operators don't load here.
-  if [ "$lock" = requirements/omni-cpu.txt ]; then echo 'import tandem_worker.omni.torchvision_import as torchvision_import; torchvision_import.install()' >> "$packages/tandem.pth"; fi
-  "$omni/bin/python" -c 'import torch, torchvision, transformers, tandem_worker.omni' || die "what was installed in $omni does not import: see above"
-  touch "$omni/.complete"
 }
 
 # Whether these arguments of `serve` want an environment that isn't named.

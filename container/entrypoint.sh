@@ -31,7 +31,7 @@ check_model() {
   local model="${TANDEM_MODEL:-}"
   case "$model" in
     /*)
-      [ -e "$model/config.json" ] || die "TANDEM_MODEL=$model is no model folder in this container: mount it (-v /host/models:/models:ro), or give a hub id like org/name"
+      [ -e "$model/config.json" ] || [ -e "$model/model_index.json" ] || die "TANDEM_MODEL=$model is no model folder in this container: mount it (-v /host/models:/models:ro), or give a hub id like org/name"
       local unreadable; unreadable="$(find -L "$model" -maxdepth 1 -type f ! -readable | sed -n 1p)"
       [ -z "$unreadable" ] || die "$unreadable can't be read by user $(id -u): on the host, chmod a+r the files of the model" ;;
   esac
@@ -61,6 +61,7 @@ check_gpu_platform() {
 worker() {
   local mode=()
   check_home; check_model; check_fleet_address "$@"; check_gpu_platform
+  if flag omni "$@"; then exec tandem serve "$@"; fi  # a pipeline has no mode and no routers
   if ! flag mode "$@" && ! flag is-prefill-worker "$@" && ! flag is-decode-worker "$@" \
     && ! is_true "${DYN_VLLM_IS_PREFILL_WORKER:-}" && ! is_true "${DYN_VLLM_IS_DECODE_WORKER:-}"; then mode=(--mode agg); fi
   flag routers "$@" || mode+=(--routers 0)

@@ -7,10 +7,11 @@ here="$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 program=install_vllm.sh
 . "$here/versions.env"
 . "$here/checks.sh"
+. "$here/omni.sh"
 
 usage() {
   cat << 'EOT'
-usage: install_vllm.sh [--cpu | --cuda] [--check] [--prefix DIR] [--source DIR] [--python PYTHON] [--wheelhouse DIR] [--lmcache]
+usage: install_vllm.sh [--cpu | --cuda] [--check] [--prefix DIR] [--source DIR] [--python PYTHON] [--wheelhouse DIR] [--lmcache] [--omni]
   --cpu, --cuda     the platform; without, the one that this machine has
   --check           only look whether this machine can run it
   --prefix DIR      the environment (default /opt/tandem/venv)
@@ -18,17 +19,19 @@ usage: install_vllm.sh [--cpu | --cuda] [--check] [--prefix DIR] [--source DIR] 
   --python PYTHON   the interpreter (default python3)
   --wheelhouse DIR  a folder of wheels; if it holds any, no package index is asked
   --lmcache         also LMCache (CUDA only)
+  --omni            also vllm-omni's environment, DIR-omni, of which `tandem serve --omni` then knows
 pip's own settings hold: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf.
 EOT
 }
 
 parse_arguments() {
-  platform=auto prefix=/opt/tandem/venv source="$here/.." python=python3 wheelhouse="" only_check="" lmcache=""
+  platform=auto prefix=/opt/tandem/venv source="$here/.." python=python3 wheelhouse="" only_check="" lmcache="" omni=""
   while [ $# -gt 0 ]; do
     case "$1" in
       --cpu | --cuda) platform="${1#--}" ;;
       --check) only_check=yes ;;
       --lmcache) lmcache=yes ;;
+      --omni) omni=yes ;;
       --prefix | --source | --python | --wheelhouse)
         [ $# -gt 1 ] || die "$1 needs a value"
         printf -v "${1#--}" %s "$2"; shift ;;
@@ -70,6 +73,8 @@ install_tandem() {
 }
 
 install_lmcache() { pip_install --no-deps -r "$here/lmcache.txt" || die "LMCache $LMCACHE_VERSION could not be installed: see above, or leave --lmcache out"; }
+
+install_omni() { make_omni_environment "$prefix" "$prefix-omni" "$source/requirements/omni-$platform.txt" --no-cache-dir --progress-bar off "${index[@]}"; }
 
 # A wheel of the wrong build installs and fails later; so everything is imported once, and the versions are compared.
 verify() {
@@ -113,6 +118,7 @@ _main() {
   step packages "$(cat "$lock")" install_lock "$lock"
   if [ -n "$lmcache" ]; then step lmcache "$(cat "$here/lmcache.txt")" install_lmcache; fi
   step tandem "$(cd "$source" && find plugins pyproject.toml -name '*.py' -o -name pyproject.toml | LC_ALL=C sort | xargs sha256sum)" install_tandem
+  if [ -n "$omni" ]; then step omni "$(cat "$source/requirements/omni-$platform.txt")" install_omni; fi
   step verify "$(find "$prefix/.tandem" -type f ! -name 'verify-*' ! -name platform | LC_ALL=C sort)" verify
   finish
 }

@@ -50,10 +50,10 @@ def test_defaults_come_from_the_pins(stage: Stage, platform: str, base: str) -> 
 
 
 def test_what_is_given_stands(stage: Stage) -> None:
-    """Base, tag, LMCache, and docker's own options after two dashes."""
-    words = command(stage, "--cuda", "--lmcache", "--base", "mine:1", "--tag", "ours:2", "--", "--network=host")
+    """Base, tag, LMCache, vllm-omni, and docker's own options after two dashes."""
+    words = command(stage, "--cuda", "--lmcache", "--omni", "--base", "mine:1", "--tag", "ours:2", "--", "--network=host")
     assert build_args(words)["BASE_IMAGE"] == "mine:1"
-    assert build_args(words)["INSTALL_OPTIONS"] == "--lmcache"
+    assert build_args(words)["INSTALL_OPTIONS"] == "--lmcache --omni"
     assert words[words.index("--tag") + 1] == "ours:2"
     assert words[-2:] == ["--network=host", str(ROOT)]
 
@@ -92,15 +92,16 @@ def test_docker_is_run(stage: Stage) -> None:
     assert build[build.index("--tag") + 1] == "ours:3"
 
 
-@pytest.mark.parametrize(("platform", "fetched"), [("cpu", 1), ("cuda", 3)])
-def test_a_wheelhouse_is_filled_by_this_hosts_pip(stage: Stage, platform: str, fetched: int) -> None:
-    """The lock, for CUDA also torch with its libraries and LMCache; the build comes after."""
+@pytest.mark.parametrize(("platform", "options", "fetched"), [("cpu", [], 1), ("cpu", ["--omni"], 2), ("cuda", ["--lmcache"], 3),
+                                                             ("cuda", ["--lmcache", "--omni"], 4)])
+def test_a_wheelhouse_is_filled_by_this_hosts_pip(stage: Stage, platform: str, options: list[str], fetched: int) -> None:
+    """The lock, for CUDA also torch with its libraries, LMCache and vllm-omni if asked for; the build comes after."""
     stage.recorder("python3")
-    options = ["--lmcache"] if platform == "cuda" else []
     assert stage.run(ROOT / "build.sh", "image", f"--{platform}", "--wheelhouse", *options).returncode == 0
     wheels = [call for call in stage.calls() if call[:4] == ["python3", "-m", "pip", "wheel"]]
     assert len(wheels) == fetched
     assert str(ROOT / "requirements" / f"{platform}.txt") in wheels[0]
+    assert (str(ROOT / "requirements" / f"omni-{platform}.txt") in wheels[-1]) == ("--omni" in options)
     assert all(call[call.index("-w") + 1] == str(CONTAINER / "wheelhouse") for call in wheels)
     assert stage.calls()[-1][:2] == ["docker", "build"]
 
@@ -121,7 +122,7 @@ def test_the_context_holds_what_the_image_needs() -> None:
 def test_a_script_is_sound(script: Path) -> None:
     """It parses; shellcheck finds nothing where it is installed."""
     assert subprocess.run(["bash", "-n", script], check=False, timeout=60).returncode == 0
-    assert os.access(script, os.X_OK) == (script.name != "checks.sh")
+    assert os.access(script, os.X_OK) == (script.name not in {"checks.sh", "omni.sh"})
     if shutil.which("shellcheck"):
         checked = subprocess.run(["shellcheck", "-x", "-P", CONTAINER, script], capture_output=True, text=True, check=False, timeout=60)
         assert checked.returncode == 0, checked.stdout

@@ -38,6 +38,7 @@ def refused(stage: Stage, *arguments: str, **environment: str) -> str:
     [
         ([], {}, ["--mode", "agg", "--routers", "0"]),
         (["worker", "--max-model-len", "512"], {}, ["--mode", "agg", "--routers", "0", "--max-model-len", "512"]),
+        (["worker", "--omni", "--model", "org/pipeline"], {}, ["--omni", "--model", "org/pipeline"]),
         (["worker", "--mode", "disagg"], {}, ["--routers", "0", "--mode", "disagg"]),
         (["worker", "--mode=both", "--routers=1"], {}, ["--mode=both", "--routers=1"]),
         (["worker", "--is-prefill-worker"], {}, ["--routers", "0", "--is-prefill-worker"]),

@@ -15,7 +15,7 @@ case "$*" in
   *version_info*) echo "${PLAYED_PYTHON:-3.11}" ;;
   -VV) echo "Python 3.11" ;;
   *ensurepip*) exit "${NO_VENV:-0}" ;;
-  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  "-m venv "*) mkdir -p "$3/bin" "$3/lib/python3.11/site-packages"; cp "$0" "$3/bin/python" ;;
   *) echo "$*" >> "$PIP_LOG"; case "$*" in *"${PIP_FAILS:-nothing}"*) exit 1 ;; esac ;;
 esac
 """
@@ -179,12 +179,27 @@ def test_a_broken_installation_goes_on_where_it_stopped(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("fails", "fix"),
     [("torch==", "torch 2.13.0 could not be installed"), ("setuptools==", "setuptools"), ("--no-build-isolation", "Tandem's wheel"),
-     ("lmcache.txt", "leave --lmcache out"), ("- cuda", "the environment is not what versions.env says")],
+     ("omni-cuda.txt", "vllm-omni's environment could not be installed"), ("lmcache.txt", "leave --lmcache out"),
+     ("- cuda", "the environment is not what versions.env says")],
 )
 def test_every_step_says_its_fix(stage: Stage, fails: str, fix: str) -> None:
     """Whichever fails."""
-    code, message, _ = install(stage, "--cuda", "--lmcache", PIP_FAILS=fails)
+    code, message, _ = install(stage, "--cuda", "--lmcache", "--omni", PIP_FAILS=fails)
     assert (code, fix in message) == (2, True), message
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_vllm_omnis_environment_is_made_over_the_other(stage: Stage, platform: str) -> None:
+    """It sees the other's packages after its own, and the other remembers it; torchvision needs help on CPUs alone."""
+    code, message, calls = install(stage, f"--{platform}", "--omni")
+    assert code == 0, message
+    assert any("--no-deps" in line and line.endswith(f"requirements/omni-{platform}.txt") for line in calls)
+    common, omni = stage.folder / "venv", stage.folder / "venv-omni"
+    assert (common / ".omni").read_text() == str(omni)
+    first, *more = (omni / "lib" / "python3.11" / "site-packages" / "tandem.pth").read_text().splitlines()
+    assert first == f'import site; site.addsitedir("{common}/lib/python3.11/site-packages")'
+    assert [line.partition(" as ")[0] for line in more] == ["import tandem_worker.omni.torchvision_import"] * (platform == "cpu")
+    assert install(stage, f"--{platform}", "--omni")[2] == []
 
 
 def test_a_wheelhouse_replaces_the_index(stage: Stage) -> None:
