@@ -47,6 +47,8 @@ class ScriptedPipeline:
     on_cpu: bool = True
     tells_steps: bool = True
     steps: int = 0
+    failure: Exception | None = None
+    """Of the next look at its health."""
     sick: str = ""
     """Why it is not healthy."""
     orders: list[Order] = field(default_factory=list)
@@ -68,7 +70,10 @@ class ScriptedPipeline:
             self.closed.append(order.request_id)
 
     async def check_health(self) -> None:
-        """Raises while `sick`."""
+        """Raises `failure` once, and while `sick`."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
         if self.sick:
             raise UnavailableError(self.sick)
 

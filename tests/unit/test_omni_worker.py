@@ -171,6 +171,16 @@ def test_a_lost_stage_ends_the_server(worker: OmniWorker, pipeline: ScriptedPipe
     assert (status, json.loads(body)["reason"]) == (503, "Stage-1 has no live replica")
 
 
+def test_a_look_that_fails_does_not_end_the_watch(worker: OmniWorker, pipeline: ScriptedPipeline, ends: list[str]) -> None:
+    """A stage that is lost later is seen."""
+    pipeline.failure = AttributeError("stage_pools")
+    until(lambda: pipeline.failure is None)
+    assert worker.host is not None
+    assert (worker.host.state, ends) == (WorkerState.READY, [])
+    pipeline.sick = "Stage-0 has no live replica"
+    until(lambda: ends == ["ended"])
+
+
 def test_a_dead_pipeline_ends_the_server(worker: OmniWorker, pipeline: ScriptedPipeline, ends: list[str]) -> None:
     """Also when nobody asks it anything."""
     pipeline.errored = True

@@ -130,11 +130,13 @@ class OmniWorker:
         while True:
             try:
                 await pipeline.check_health()
+                before, told = told, pipeline.steps
+                load.steps += told - before
             except UnavailableError as exc:
                 await host.lose(str(exc))
                 return
-            before, told = told, pipeline.steps
-            load.steps += told - before
+            except Exception:  # a failed look must not end the watch
+                log.exception("omni.look_failed")
             await asyncio.sleep(_HEALTH_INTERVAL_S)
 
     def _start_canary(self, host: OmniHost, asked: Stage | None) -> list[Future[None]]:
