@@ -10,4 +10,10 @@ columns='${binary:Package}\t${Version}\t${Architecture}\t${source:Package}\n'
 mkdir -p "$folder"
 "$environment/bin/python" -m pip inspect --local --disable-pip-version-check > "$folder/python.json" 2> /dev/null
 "$environment/bin/python" -m pip list --format freeze --disable-pip-version-check > "$folder/python.txt"
+# vllm-omni's environment, where there is one: what it has besides the other's packages.
+if [ -e "$environment/.omni" ]; then
+  packages="$(find "$(cat "$environment/.omni")/lib" -type d -path '*/python3.*/site-packages' -prune)"
+  "$environment/bin/python" -m pip inspect --path "$packages" --disable-pip-version-check > "$folder/python-omni.json" 2> /dev/null
+  "$environment/bin/python" -m pip list --path "$packages" --format freeze --disable-pip-version-check > "$folder/python-omni.txt"
+fi
 if command -v dpkg-query > /dev/null; then dpkg-query -W -f "$columns" > "$folder/debian.tsv"; fi
