@@ -14,6 +14,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from tandem_cli.serve.command_serve import _settings
+from tandem_cli.serve.fleet import WorkerPlan
 from tandem_cli.serve.omni import OmniOptions, known_arguments, plan_pipeline
 from tandem_cli.serve.omni_environment import OmniEnvironment, chosen_folder, fault_of, probe
 from tandem_cli.serve.options import ServeOptions, add_arguments, parse_options
@@ -170,6 +172,16 @@ def test_a_plan_that_would_fail_fails_at_once(found: OmniEnvironment, tmp_path: 
         plan_pipeline(OmniOptions("/omni", str(old)), found, "m", {}, 1)
     with pytest.raises(ConfigError, match="can't be read"):
         plan_pipeline(OmniOptions("/omni", str(tmp_path / "none.yaml")), found, "m", {}, 1)
+
+
+def test_a_pipeline_has_no_connector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiers and consolidators of engines would be set up for it."""
+    worker = WorkerPlan("omni", Role.OMNI, 0)
+    monkeypatch.delenv("DYN_CONNECTOR", raising=False)
+    assert _settings(worker, parse("--omni", "--model", "m")).effective_role is Role.OMNI
+    assert _settings(worker, parse("--omni", "--model", "m", "--connector", "none")).effective_role is Role.OMNI
+    with pytest.raises(ConfigError, match="leave it out"):
+        _settings(worker, parse("--omni", "--model", "m", "--connector", "kvbm"))
 
 
 def test_arguments_are_read_off_the_source(found: OmniEnvironment) -> None:

@@ -148,6 +148,8 @@ def _settings(worker: WorkerPlan, options: ServeOptions) -> WorkerSettings:
     parameters = {"role": worker.role.value, "worker_index": str(worker.index)}
     settings = load_settings(parameters, {**os.environ, **options.environment})
     if settings.effective_role is Role.OMNI:
+        if parse_connectors(settings.effective_connectors, Role.OMNI):
+            raise ConfigError("--connector (DYN_CONNECTOR) is for KV blocks of engines, which a pipeline hands on by itself: leave it out")
         return settings
     if "kv_transfer_config" in worker.arguments:
         if settings.connector is not None:
