@@ -35,6 +35,7 @@ class Call:
     parameters: Mapping[str, Any] | None = None
     timeout_us: int | None = None
     modalities: tuple[str, ...] = ()
+    negative_prompt: str | None = None
 
     def inputs(self) -> list[Any]:
         """The input tensors."""
@@ -50,6 +51,8 @@ class Call:
             tensors["image"] = np.array(list(self.images), dtype=np.object_)
         if self.modalities:
             tensors["modalities"] = np.array([one.encode() for one in self.modalities], dtype=np.object_)
+        if self.negative_prompt is not None:
+            tensors["negative_prompt"] = np.array([self.negative_prompt.encode()], dtype=np.object_)
         if self.handoff is not None:
             tensors["kv_transfer_params"] = np.array([self.handoff], dtype=np.object_)
         flags = {"stream": self.stream, "exclude_input_in_output": self.exclude_input_in_output,

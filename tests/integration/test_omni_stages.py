@@ -4,6 +4,7 @@
 A tiny random Llama whose text a tiny Stable Diffusion paints, or a voice speaks that has a tone for every token (tests/omni_cpu).
 """
 
+import asyncio
 import base64
 import io
 import json
@@ -148,6 +149,24 @@ async def test_the_same_seed_makes_the_same_picture_of_the_same_text(story: Runn
     assert not np.array_equal(by_seed[0], by_seed[2])
     other = await whole(story, prompt="Rain and", sampling={"stages": {"painter": {"seed": 5}}})
     assert not np.array_equal(by_seed[0], picture(other))
+
+
+async def test_what_a_picture_shall_not_show_reaches_the_painter(story: Running) -> None:
+    """And leaves the text as it is. Without guidance nothing is held against it."""
+    guided = {"guidance_scale": 5}
+    usual, got = await whole(story, sampling=guided), await whole(story, sampling=guided, negative_prompt="rain")
+    assert got["text_output"] == usual["text_output"]
+    assert not np.array_equal(picture(got), picture(usual))
+
+
+async def test_requests_at_once_keep_to_their_own_stages_outputs(story: Running) -> None:
+    """Each gets its own text and the picture of it."""
+    prompts = ("A story of", "Rain and", "Nobody", "The last")
+    alone = [await whole(story, prompt=prompt) for prompt in prompts]
+    together = await asyncio.gather(*(whole(story, prompt=prompt) for prompt in prompts))
+    assert [one["text_output"] for one in together] == [one["text_output"] for one in alone]
+    for one, same in zip(together, alone, strict=True):
+        assert np.array_equal(picture(one), picture(same))
 
 
 @pytest.mark.parametrize("wanted", ["text", "image"])
