@@ -114,7 +114,7 @@ def test_a_pipelines_worker_in_the_same_discovery_gets_nothing(fleet: Mocks, sto
     record = WorkerRecord(id="omni-1", role=Role.OMNI, state=WorkerState.READY, model="mock", grpc_url="127.0.0.1:1", triton_model="omni",
                           block_size=0, total_blocks=0, max_num_seqs=0, max_num_batched_tokens=0)
     with registered(store, record), router(store, WORKERS, tokenizer, DYN_ROUTER_MODE="round-robin") as local:
-        assert shares(fleet, local, 8) == [2, 2, 2, 2]
+        assert shares(fleet, local, 20) == [2, 2, 2, 2]
         assert "omni-1" not in [worker["id"] for worker in get_json(f"{local.admin}/fleet")["workers"]]
 
 
