@@ -52,6 +52,7 @@ class ScriptedPipeline:
     sick: str = ""
     """Why it is not healthy."""
     orders: list[Order] = field(default_factory=list)
+    ordered: asyncio.Event = field(default_factory=asyncio.Event)
     closed: list[str] = field(default_factory=list)
     """Requests of which nothing is left, by their ids."""
     ended: bool = False
@@ -59,6 +60,7 @@ class ScriptedPipeline:
     async def generate(self, order: Order) -> AsyncGenerator[Output, None]:
         """As Pipeline says."""
         self.orders.append(order)
+        self.ordered.set()
         try:
             for one in self.script:
                 if isinstance(one, Exception):

@@ -63,9 +63,7 @@ def engine_tree(running: Running) -> list[psutil.Process]:
 
 async def undiscovered(running: Running, within_s: float) -> None:
     """Discovery has no worker any more."""
-    async with asyncio.timeout(within_s):
-        while await running.states():  # noqa: ASYNC110 - the store is a folder
-            await asyncio.sleep(0.1)
+    await until(lambda: not asyncio.run(running.states()), within_s, "no worker in discovery")
 
 
 @pytest.mark.parametrize(("victim", "message", "within_s", "lease_s"), [

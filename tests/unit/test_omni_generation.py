@@ -131,8 +131,7 @@ async def test_a_cancelled_request_is_closed_in_the_pipeline() -> None:
     stream = ResponseStream(RecordingSink(), ManualOutbox())
     task = asyncio.ensure_future(OmniGenerator(pipeline, EngineLoads()).serve(request(), stream, 1))
     async with asyncio.timeout(WAIT_S):
-        while not pipeline.orders:  # noqa: ASYNC110 - a list has no event
-            await asyncio.sleep(0)
+        await pipeline.ordered.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

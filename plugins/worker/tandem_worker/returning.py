@@ -11,9 +11,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from prometheus_client import Counter
+
 from tandem_worker.load import EngineLoads
 
 log = logging.getLogger(__name__)
+
+KEPT = Counter("tandem_worker_unreturned_handoffs",
+               "Handoffs that could not be given back, so that their prefill workers hold the blocks until the lease ends")
 
 _TIMEOUT_S = 5.0
 _PAUSES_S = (0.1, 0.4, 1.5, 4.0)
@@ -42,12 +47,14 @@ class HandoffReturns:
         self._stepping: asyncio.Task[None] | None = None
 
     async def give_back(self, request_id: str, handoff: Mapping[str, Any]) -> None:
-        """Never raises: what fails is logged, and left to the lease."""
+        """Never raises: what fails is logged, counted, and left to the lease."""
         _, place = self._loads.choose(None)
-        if await self._tell(request_id, handoff, place):
-            if self._stepping is not None:
-                self._stepping.cancel()  # the new pauses are long enough for both
-            self._stepping = asyncio.ensure_future(self._step(request_id))
+        if not await self._tell(request_id, handoff, place):
+            KEPT.inc()
+            return
+        if self._stepping is not None:
+            self._stepping.cancel()  # the new pauses are long enough for both
+        self._stepping = asyncio.ensure_future(self._step(request_id))
 
     async def _step(self, request_id: str) -> None:
         for number, pause_s in enumerate(self._pauses_s):
@@ -62,7 +69,7 @@ class HandoffReturns:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._engine.notify_kv_transfer_request_rejected(request_id, dict(params), data_parallel_rank=place)
-        except Exception:
+        except Exception:  # whatever it is, the request is over, and the lease is the last resort; say that it is needed
             log.exception("handoff.release_failed request_id=%s", request_id)
             return False
         return True
